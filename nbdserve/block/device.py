@@ -1,0 +1,116 @@
+"""The interface of a disk: what every format and every layer offers.
+
+The contract, which the conformance tests run against each implementation:
+
+- Offsets and lengths are bytes, any alignment. A range that leaves the disk is the
+  caller's bug, not a request: the server judges requests before they get here.
+- A write with `fua` is durable when it returns. When `flush` returns,
+  everything that completed before it began is durable.
+- Overlapping writes in flight end as one of them in each 512-byte sector.
+- Each coroutine finishes without suspending if it need not wait, so that the
+  server can drive it inline. No timeouts, task groups or current_task() in
+  here: those belong to whoever drives.
+- A call that fails raises `RequestError`, `OSError` or `ImageError`, has given
+  back what it took, and leaves the disk consistent. Cancelling a call may
+  leave any part of it done.
+- `write` may keep using `data` until it returns, and no longer.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+from nbdserve.block.extents import Extent
+
+#: A range of a read buffer that is a hole: offset within the buffer, length.
+Hole = tuple[int, int]
+
+
+class BlockDevice(ABC):
+    """A disk that can be read and perhaps written.
+
+    Attributes:
+        size: Bytes of the disk as the guest sees it.
+        read_only: Whether every changing call is refused.
+        preferred_block: Bytes; requests of this size and alignment are cheapest
+            (a cluster or a page). A power of two.
+        can_trim: Whether `trim` may give storage back.
+        can_fast_zero: Whether `write_zeroes` is always quicker than a write.
+    """
+
+    size: int
+    read_only: bool
+    preferred_block: int
+    can_trim: bool
+    can_fast_zero: bool
+
+    @abstractmethod
+    async def read_into(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
+        """Fill `buffer` with the bytes at `offset`.
+
+        Returns:
+            The ranges of `buffer` known to be holes, in order; usually none.
+            They are filled with zeros all the same.
+        """
+
+    async def read(self, offset: int, length: int) -> bytes:
+        """Return `length` bytes at `offset`."""
+        buffer = bytearray(length)
+        await self.read_into(offset, memoryview(buffer))
+        return bytes(buffer)
+
+    @abstractmethod
+    async def write(
+        self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
+    ) -> None:
+        """Write `data` at `offset`."""
+
+    @abstractmethod
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool = True,
+        fast_only: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """Make a range read as zeros.
+
+        Args:
+            offset: Bytes.
+            length: Bytes.
+            may_unmap: Whether the range may become a hole (no NBD_CMD_FLAG_NO_HOLE).
+            fast_only: Fail with ENOTSUP rather than be as slow as a write.
+            fua: Be durable on return.
+        """
+
+    @abstractmethod
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """Give storage back where possible; the range may read as anything older or as zeros."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make everything that completed before this call durable."""
+
+    async def cache(self, offset: int, length: int) -> None:
+        """Hint that a range will be read soon."""
+
+    @abstractmethod
+    async def block_status(
+        self, offset: int, length: int, *, max_extents: int = 1 << 20
+    ) -> list[Extent]:
+        """Describe a range.
+
+        Returns:
+            At least one extent. They start at `offset`, never run past
+            `offset + length`, and stop early once there are `max_extents`.
+        """
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Flush, give back what is held, and close the files below.
+
+        Raises:
+            OSError: Something could not be made durable; the files are closed
+                all the same.
+        """

@@ -1,0 +1,64 @@
+"""The exceptions of nbdserve, split by consequence.
+
+What matters to a caller is what happens next, so the tree has one branch for
+each consequence:
+
+    NbdserveError
+    ├── ConfigError          the operator asked for something impossible
+    ├── ProtocolError        a peer broke the protocol: its connection ends
+    ├── RequestError         one request fails with an errno, nothing else
+    └── ImageError           an image can't be used, or not any longer
+        ├── ImageFormatError     not such an image, or a feature we don't know
+        ├── ImageCorruptError    its metadata contradict themselves
+        ├── ImageInUseError      another process has it open
+        └── BackingFileError     its backing file is missing or not allowed
+
+Each message is one line that names the thing, says what is wrong and, where
+there is something to do about it, what. A system call's own `OSError` passes
+through the engine unchanged: its errno is the answer to the request.
+"""
+
+
+class NbdserveError(Exception):
+    """Any error that nbdserve raises on purpose."""
+
+
+class ConfigError(NbdserveError):
+    """The operator asked for something impossible: a wrong option, a busy port."""
+
+
+class ProtocolError(NbdserveError):
+    """A peer broke the protocol so that its connection can't go on."""
+
+
+class RequestError(NbdserveError):
+    """One request fails; the connection and the image go on.
+
+    Attributes:
+        errno: The number from `errno` that says why.
+    """
+
+    def __init__(self, errno: int, message: str) -> None:
+        """Keep `errno` beside the text."""
+        super().__init__(message)
+        self.errno = errno
+
+
+class ImageError(NbdserveError):
+    """An image can't be used, or not any longer."""
+
+
+class ImageFormatError(ImageError):
+    """A file is not an image of that format, or uses a feature we don't know."""
+
+
+class ImageCorruptError(ImageError):
+    """An image's metadata contradict themselves or the specification."""
+
+
+class ImageInUseError(ImageError):
+    """Another process has the image open in a way that excludes ours."""
+
+
+class BackingFileError(ImageError):
+    """A backing file is missing, not allowed, or part of a loop."""

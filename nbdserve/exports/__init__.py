@@ -1,0 +1,1 @@
+"""From an export's name to its open disk."""

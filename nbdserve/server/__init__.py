@@ -1,0 +1,1 @@
+"""Sockets, sessions and the dispatch of requests."""

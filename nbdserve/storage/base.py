@@ -1,0 +1,105 @@
+"""The interface of a place that keeps bytes at offsets, and knows nothing else.
+
+Most calls come in pairs. `try_read` and `try_write` never block and never
+suspend: they either did the whole thing or say False and did nothing that counts, and
+then the coroutine of the same name does it in a thread. So a caller on the hot
+path pays one system call, and knows exactly where it may be suspended:
+
+    if not storage.try_read(offset, view):
+        with pins:
+            await storage.read(offset, view)
+"""
+
+from abc import ABC, abstractmethod
+
+Buffer = bytes | bytearray | memoryview
+
+
+class Storage(ABC):
+    """Bytes at offsets.
+
+    Every failing call raises `OSError`. After a failed `flush` nothing is
+    known about what is durable: the caller must stop acknowledging.
+
+    Attributes:
+        name: What to call it in messages: a path as the user gave it.
+        read_only: Whether changing calls are refused (EBADF).
+        zeroes_on_extend: Whether bytes beyond the old end read as zeros, durably,
+            after `truncate` to a larger size or `punch`, once flushed (regular
+            files: yes; block devices: no).
+        fixed_size: Whether `truncate` is impossible (block devices).
+    """
+
+    name: str
+    read_only: bool
+    zeroes_on_extend: bool
+    fixed_size: bool
+
+    @property
+    @abstractmethod
+    def size(self) -> int:
+        """The current length in bytes; cheap."""
+
+    @abstractmethod
+    def try_read(self, offset: int, view: memoryview) -> bool:
+        """Fill `view` from memory (page cache), or say False.
+
+        Bytes past the end are zeros.
+        """
+
+    @abstractmethod
+    async def read(self, offset: int, view: memoryview) -> None:
+        """Fill `view`; bytes past the end are zeros."""
+
+    @abstractmethod
+    def try_write(self, offset: int, data: Buffer) -> bool:
+        """Write all of `data` without waiting for a device, or say False."""
+
+    @abstractmethod
+    async def write(self, offset: int, data: Buffer, *, durable: bool = False) -> None:
+        """Write all of `data`; extends the storage where needed.
+
+        Args:
+            offset: Bytes.
+            data: What to write.
+            durable: Be durable on return (RWF_DSYNC). A failure counts as a
+                failed `flush`.
+        """
+
+    @abstractmethod
+    async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
+        """Make a range read as zeros, within the current size.
+
+        Args:
+            offset: Bytes.
+            length: Bytes.
+            unmap: Whether to give the storage back as well.
+
+        Raises:
+            OSError: EOPNOTSUPP if this storage has no quick way.
+        """
+
+    async def punch(self, offset: int, length: int) -> None:
+        """Give a range back; it reads as zeros. The part past the end is ignored."""
+        end = min(offset + length, self.size)
+        if end > offset:
+            await self.zero(offset, end - offset, unmap=True)
+
+    @abstractmethod
+    async def truncate(self, size: int) -> None:
+        """Set the length to `size` bytes."""
+
+    @abstractmethod
+    async def flush(self) -> None:
+        """Make every completed change durable (fdatasync)."""
+
+    @abstractmethod
+    async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
+        """Describe a range within the size as (length, holds data) in order."""
+
+    async def prefetch(self, offset: int, length: int) -> None:
+        """Hint that a range will be read soon."""
+
+    @abstractmethod
+    async def close(self) -> None:
+        """Close, without flushing; never raises for what was not flushed."""
