@@ -1,0 +1,1 @@
+"""The qcow version 1 format."""
