@@ -15,6 +15,18 @@ import struct
 from dataclasses import dataclass, replace
 
 from nbdserve.errors import ImageCorruptError, ImageFormatError
+from nbdserve.formats.qcow2.extensions import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
+    EXTENSION_FEATURE_NAMES,
+    EXTENSION_LUKS,
+    FEATURE_INCOMPATIBLE,
+    FEATURE_NAMES,
+    encode_extensions,
+    parse_extensions,
+    parse_feature_names,
+    parse_luks_extension,
+)
 
 MAGIC = b"QFI\xfb"
 
@@ -34,8 +46,6 @@ MAX_BACKING_FORMAT = 15
 MAX_L1_BYTES = 32 << 20
 MAX_REFCOUNT_TABLE_BYTES = 8 << 20
 MAX_SNAPSHOTS = 65536
-MAX_BITMAPS = 65535
-MAX_BITMAP_DIRECTORY_BYTES = 1024 * MAX_BITMAPS
 MAX_OFFSET = (1 << 63) - 1
 
 CRYPT_NONE = 0
@@ -57,35 +67,6 @@ AUTOCLEAR_DATA_FILE_RAW = 1 << 1
 COMPRESSION_DEFLATE = 0
 COMPRESSION_ZSTD = 1
 
-EXTENSION_END = 0
-EXTENSION_BACKING_FORMAT = 0xE2792ACA
-EXTENSION_FEATURE_NAMES = 0x6803F857
-EXTENSION_BITMAPS = 0x23852875
-EXTENSION_LUKS = 0x0537BE77
-EXTENSION_DATA_FILE = 0x44415441
-KNOWN_EXTENSIONS = {
-    EXTENSION_BACKING_FORMAT: "backing format",
-    EXTENSION_FEATURE_NAMES: "feature name table",
-    EXTENSION_BITMAPS: "bitmaps",
-    EXTENSION_LUKS: "encryption header",
-    EXTENSION_DATA_FILE: "external data file name",
-}
-
-FEATURE_INCOMPATIBLE = 0
-FEATURE_COMPATIBLE = 1
-FEATURE_AUTOCLEAR = 2
-#: (type, bit number) -> name, as qemu writes them into new images.
-FEATURE_NAMES = {
-    (FEATURE_INCOMPATIBLE, 0): "dirty bit",
-    (FEATURE_INCOMPATIBLE, 1): "corrupt bit",
-    (FEATURE_INCOMPATIBLE, 2): "external data file",
-    (FEATURE_INCOMPATIBLE, 3): "compression type",
-    (FEATURE_INCOMPATIBLE, 4): "extended L2 entries",
-    (FEATURE_COMPATIBLE, 0): "lazy refcounts",
-    (FEATURE_AUTOCLEAR, 0): "bitmaps",
-    (FEATURE_AUTOCLEAR, 1): "raw external data",
-}
-
 # Groups of fields that change together lie within sector 0 and are changed by
 # one write each, so that a power cut leaves the old or the new group.
 SIZE_OFFSET = 24
@@ -98,10 +79,6 @@ AUTOCLEAR_OFFSET = 88
 
 _V2 = struct.Struct(">4sIQIIQIIQQIIQ")
 _V3 = struct.Struct(">QQQII")
-_EXTENSION = struct.Struct(">II")
-_FEATURE_NAME = struct.Struct(">BB46s")
-_BITMAPS = struct.Struct(">IIQQ")
-_LUKS = struct.Struct(">QQ")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -256,21 +233,6 @@ class Header:
         return data.partition(b"\0")[0].decode("utf-8", "backslashreplace")
 
 
-@dataclass(frozen=True, slots=True)
-class BitmapsExtension:
-    """Where the persistent bitmaps are listed.
-
-    Attributes:
-        nb_bitmaps: Entries of the directory.
-        directory_size: Bytes.
-        directory_offset: Bytes.
-    """
-
-    nb_bitmaps: int
-    directory_size: int
-    directory_offset: int
-
-
 def l1_entries_for(size: int, cluster_bits: int, *, extended: bool = False) -> int:
     """Return how many L1 entries map `size` bytes of disk."""
     covered_bits = 2 * cluster_bits - (4 if extended else 3)
@@ -325,7 +287,9 @@ def parse_header(data: bytes, file_size: int) -> Header:
     header = _parse_fields(data)
     _check_backing(header, _u32(data, 16))
     extensions_end = header.backing_file_offset or cluster_size
-    header = replace(header, extensions=_parse_extensions(data, header, extensions_end))
+    header = replace(
+        header, extensions=parse_extensions(data, header.header_length, extensions_end)
+    )
     _check_features(header)
     _check_extensions(header)
     _check_tables(header, file_size)
@@ -437,55 +401,6 @@ def _backing_name(data: bytes, header: Header) -> bytes | None:
     return name
 
 
-def _parse_extensions(
-    data: bytes, header: Header, end: int
-) -> tuple[tuple[int, bytes], ...]:
-    found: list[tuple[int, bytes]] = []
-    seen: set[int] = set()
-    end = min(end, len(data))
-    offset = header.header_length
-    while offset + _EXTENSION.size <= end:
-        magic, length = _EXTENSION.unpack_from(data, offset)
-        if magic == EXTENSION_END:
-            break
-        start = offset + _EXTENSION.size
-        if length > end - start:
-            raise ImageCorruptError(
-                f"the header extension {magic:#010x} at byte {offset} has {length}"
-                f" bytes: only {end - start} are left"
-            )
-        if magic in seen and magic in KNOWN_EXTENSIONS:
-            raise ImageCorruptError(
-                f"the header extension {magic:#010x} ({KNOWN_EXTENSIONS[magic]})"
-                f" appears again at byte {offset}"
-            )
-        seen.add(magic)
-        found.append((magic, data[start : start + length]))
-        offset = start + (length + 7 & ~7)
-    return tuple(found)
-
-
-def parse_feature_names(table: bytes) -> dict[tuple[int, int], str]:
-    """Read a feature name table; a cut last row is ignored.
-
-    Returns:
-        (type, bit number) -> name.
-    """
-    whole = len(table) // _FEATURE_NAME.size * _FEATURE_NAME.size
-    return {
-        (kind, bit): name.partition(b"\0")[0].decode("utf-8", "backslashreplace")
-        for kind, bit, name in _FEATURE_NAME.iter_unpack(table[:whole])
-    }
-
-
-def encode_feature_names() -> bytes:
-    """Return the feature name table that new images carry."""
-    return b"".join(
-        _FEATURE_NAME.pack(kind, bit, name.encode())
-        for (kind, bit), name in FEATURE_NAMES.items()
-    )
-
-
 def _bits(mask: int) -> list[int]:
     return [bit for bit in range(64) if mask >> bit & 1]
 
@@ -546,59 +461,6 @@ def _check_extensions(header: Header) -> None:
         )
     if luks is not None:
         parse_luks_extension(luks, header.cluster_bits)
-
-
-def parse_luks_extension(data: bytes, cluster_bits: int) -> tuple[int, int]:
-    """Return (host offset, bytes) of the LUKS header.
-
-    Raises:
-        ImageCorruptError: Not 16 bytes, or not aligned to a cluster.
-    """
-    if len(data) != _LUKS.size:
-        raise ImageCorruptError(
-            f"the encryption header extension has {len(data)} bytes, not {_LUKS.size}"
-        )
-    host_offset, length = _LUKS.unpack(data)
-    if host_offset & ((1 << cluster_bits) - 1) or host_offset + length > MAX_OFFSET:
-        raise ImageCorruptError(
-            f"the encryption header at {host_offset:#x} with {length} bytes is not"
-            " aligned to a cluster or too long"
-        )
-    return host_offset, length
-
-
-def parse_bitmaps_extension(data: bytes, cluster_bits: int) -> BitmapsExtension:
-    """Read the bitmaps extension.
-
-    `parse_header` leaves this to whoever wants the bitmaps: a disk is usable
-    without them.
-
-    Raises:
-        ImageCorruptError: A number in it is not allowed.
-    """
-    if len(data) != _BITMAPS.size:
-        raise ImageCorruptError(
-            f"the bitmaps extension has {len(data)} bytes, not {_BITMAPS.size}"
-        )
-    nb_bitmaps, reserved, directory_size, directory_offset = _BITMAPS.unpack(data)
-    if not 1 <= nb_bitmaps <= MAX_BITMAPS:
-        raise ImageCorruptError(
-            f"nb_bitmaps is {nb_bitmaps}: must be 1 to {MAX_BITMAPS}"
-        )
-    if reserved:
-        raise ImageCorruptError(
-            f"the bitmaps extension's reserved field is {reserved:#x}, not 0"
-        )
-    if directory_size > MAX_BITMAP_DIRECTORY_BYTES:
-        raise ImageCorruptError(
-            f"bitmap_directory_size is {directory_size}: at most"
-            f" {MAX_BITMAP_DIRECTORY_BYTES}"
-        )
-    if directory_offset == 0 or directory_offset & ((1 << cluster_bits) - 1):
-        raise ImageCorruptError(
-            f"bitmap_directory_offset {directory_offset:#x} is not aligned to a cluster"
-        )
-    return BitmapsExtension(nb_bitmaps, directory_size, directory_offset)
 
 
 def _check_tables(header: Header, file_size: int) -> None:
@@ -718,10 +580,7 @@ def encode_header(header: Header) -> bytes:
     Raises:
         ImageFormatError: All of it does not fit into the first cluster.
     """
-    extensions = b"".join(
-        _EXTENSION.pack(magic, len(data)) + data.ljust(len(data) + 7 & ~7, b"\0")
-        for magic, data in header.extensions
-    ) + _EXTENSION.pack(EXTENSION_END, 0)
+    extensions = encode_extensions(header.extensions)
     name = header.backing_name or b""
     name_offset = header.header_length + len(extensions)
     name_offset = max(header.backing_file_offset, name_offset)
