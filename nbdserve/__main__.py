@@ -1,6 +1,6 @@
 """`python -m nbdserve` is `nbdserve`."""
 
-from nbdserve.cli import main
+from nbdserve.cli.main import main
 
 if __name__ == "__main__":
     raise SystemExit(main())

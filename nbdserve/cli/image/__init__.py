@@ -1,0 +1,1 @@
+"""`nbdserve image`: make, describe and check image files."""

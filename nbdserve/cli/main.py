@@ -1,0 +1,138 @@
+"""Where a process begins: which command, and what its failure looks like."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from nbdserve import __version__
+from nbdserve.errors import ConfigError, NbdserveError
+
+#: Exit codes that other people's scripts rely on.
+OK = 0
+FAILED = 1
+INTERRUPTED = 130
+
+#: The words of a command, its module, and what `nbdserve --help` says of it.
+COMMANDS = {
+    "serve": ("nbdserve.cli.serve", "serve disk images to NBD clients"),
+    "list": ("nbdserve.cli.list_exports", "show what an NBD server exports"),
+    "image create": ("nbdserve.cli.image.create", "make a new image"),
+    "image info": ("nbdserve.cli.image.info", "describe an image"),
+    "image check": ("nbdserve.cli.image.check", "look for damage in an image"),
+    "image map": ("nbdserve.cli.image.map", "show where an image holds data"),
+}
+
+DESCRIPTION = "An NBD server for raw, qcow and qcow2 disk images."
+
+EXAMPLES = """\
+examples:
+  nbdserve serve --create 10G disk.qcow2    make a disk and serve it
+  nbdserve list nbd://127.0.0.1             see it
+  nbdserve image check disk.qcow2           check it
+
+`nbdserve COMMAND --help` has the options of a command and more examples."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command.
+
+    Args:
+        argv: The words after the program's name; those of the process if None.
+
+    Returns:
+        The exit code: 1 for any failure, unless the command has others.
+    """
+    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        code = _run(words)
+        sys.stdout.flush()
+    except (NbdserveError, OSError) as error:
+        if isinstance(error, BrokenPipeError) and error.filename is None:
+            return _reader_left()
+        print(f"nbdserve: {explain(error)}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    return code
+
+
+def explain(error: Exception) -> str:
+    """Return one line for an error that a person can do something about."""
+    if isinstance(error, OSError) and error.strerror:
+        name = os.fsdecode(error.filename) if error.filename is not None else ""
+        text = f"{name}: {error.strerror}" if name else error.strerror
+    else:
+        text = str(error)
+    return " ".join(text.split())
+
+
+def _run(words: list[str]) -> int:
+    if not words:
+        print(_help_text(""), file=sys.stderr)
+        return FAILED
+    if words[0] in {"-h", "--help"}:
+        print(_help_text(""))
+        return OK
+    if words[0] in {"-V", "--version"}:
+        print(f"nbdserve {__version__}")
+        return OK
+    if words == ["image"]:
+        print(_help_text("image "), file=sys.stderr)
+        return FAILED
+    if words[0] == "image" and words[1] in {"-h", "--help"}:
+        print(_help_text("image "))
+        return OK
+    name, rest = _split(words)
+
+    from nbdserve.cli.parser import Parser
+
+    module = import_module(COMMANDS[name][0])
+    parser = Parser(
+        f"nbdserve {name}",
+        takes=module.TAKES,
+        description=module.DESCRIPTION,
+        epilog=module.EXAMPLES,
+    )
+    module.define(parser)
+    arguments = parser.parse(rest)
+    code: int = module.run(arguments)
+    return code
+
+
+def _split(words: list[str]) -> tuple[str, list[str]]:
+    """Return the command's name, and the words after it.
+
+    Raises:
+        ConfigError: There is no such command.
+    """
+    count = 2 if words[0] == "image" else 1
+    name, rest = " ".join(words[:count]), words[count:]
+    if name not in COMMANDS:
+        from nbdserve.cli.parser import did_you_mean
+
+        what = "option" if name.startswith("-") else "command"
+        known = ["--help", "--version"] if what == "option" else list(COMMANDS)
+        hint = did_you_mean(name, known) or ":"
+        raise ConfigError(f"unknown {what} {name!r}{hint} see nbdserve --help")
+    return name, rest
+
+
+def _help_text(prefix: str) -> str:
+    """Return what there is to know about the commands that begin with `prefix`."""
+    lines = [f"usage: nbdserve {prefix}COMMAND ...", "", DESCRIPTION, "", "commands:"]
+    lines += [
+        f"  {name:14}{summary}"
+        for name, (_, summary) in COMMANDS.items()
+        if name.startswith(prefix)
+    ]
+    lines += ["", "options:", f"  {'-h, --help':14}show this text"]
+    if not prefix:
+        lines.append(f"  {'--version':14}show the version")
+    return "\n".join([*lines, "", EXAMPLES])
+
+
+def _reader_left() -> int:
+    """End quietly when the reader of our output did (`nbdserve ... | head`)."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return FAILED

@@ -1,0 +1,89 @@
+"""argparse with the manners of nbdserve.
+
+Wrong usage is one line and exit code 1 (argparse: the usage, a line and 2),
+options can't be abbreviated (scripts that do would break when an option is
+added), a near miss gets a suggestion, and options may stand between images.
+"""
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import NoReturn, TypeVar
+
+from nbdserve.errors import ConfigError
+
+Value = TypeVar("Value")
+
+
+def did_you_mean(word: str, known: Sequence[str]) -> str:
+    """Return `: did you mean X?` if one of `known` is close to `word`, else ``."""
+    from difflib import get_close_matches
+
+    near = get_close_matches(word, known, n=1)
+    return f": did you mean {near[0]}?" if near else ""
+
+
+def one_of(*choices: str) -> Callable[[str], str]:
+    """Return a converter that accepts `choices` only."""
+
+    def convert(text: str) -> str:
+        if text not in choices:
+            hint = did_you_mean(text, choices)
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not one of {', '.join(choices)}{hint}"
+            )
+        return text
+
+    return convert
+
+
+def judged(parse: Callable[[str], Value]) -> Callable[[str], Value]:
+    """Return a converter whose `ConfigError` is reported with the option's name."""
+
+    def convert(text: str) -> Value:
+        try:
+            return parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return convert
+
+
+class Parser(argparse.ArgumentParser):
+    """The parser of one command."""
+
+    def __init__(self, prog: str, *, takes: str, description: str, epilog: str) -> None:
+        """Take the command's words, what follows them, what it does, and examples."""
+        super().__init__(
+            prog=prog,
+            usage=f"{prog} {takes} [options]",
+            description=description,
+            epilog=epilog,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def parse(self, words: Sequence[str]) -> argparse.Namespace:
+        """Read the words after the command.
+
+        Raises:
+            ConfigError: They are not what the command takes.
+        """
+        arguments, rest = self.parse_known_intermixed_args(words)
+        if rest:
+            self._refuse(rest[0])
+        return arguments
+
+    def error(self, message: str) -> NoReturn:
+        """Raise what argparse would print."""
+        raise self._usage_error(message.removeprefix("argument "))
+
+    def _refuse(self, word: str) -> NoReturn:
+        option = word.partition("=")[0]
+        if not option.startswith("-"):
+            raise self._usage_error(f"{word!r} is one argument too many")
+        known = [name for action in self._actions for name in action.option_strings]
+        raise self._usage_error(f"unknown option {option}{did_you_mean(option, known)}")
+
+    def _usage_error(self, message: str) -> ConfigError:
+        end = "" if message.endswith("?") else ";"
+        return ConfigError(f"{message}{end} see {self.prog} --help")
