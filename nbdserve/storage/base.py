@@ -94,10 +94,16 @@ class Storage(ABC):
         """Make every completed change durable (fdatasync)."""
 
     @abstractmethod
-    async def extents(self, offset: int, length: int) -> list[tuple[int, bool]]:
-        """Describe a range within the size as (length, holds data) in order."""
+    async def extents(
+        self, offset: int, length: int, *, max_extents: int = 1 << 20
+    ) -> list[tuple[int, bool]]:
+        """Describe a range within the size as (length, holds data) in order.
 
-    async def prefetch(self, offset: int, length: int) -> None:
+        Returns:
+            They cover the range, or less once there are `max_extents`.
+        """
+
+    async def prefetch(self, offset: int, length: int) -> None:  # noqa: B027 -- a hint
         """Hint that a range will be read soon."""
 
     @abstractmethod
