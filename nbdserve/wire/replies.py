@@ -58,20 +58,22 @@ def nbd_error(errno: int | None) -> NbdError:
     return _FROM_ERRNO.get(errno or 0, NbdError.EIO)
 
 
-def put_simple(buffer: bytearray, position: int, cookie: int, error: int = 0) -> int:
+def put_simple(
+    buffer: bytearray | memoryview, position: int, cookie: int, error: int = 0
+) -> int:
     """Write a simple reply, without the data of a read; return where it ends."""
     SIMPLE_REPLY.pack_into(buffer, position, SIMPLE_REPLY_MAGIC, error, cookie)
     return position + 16
 
 
-def put_done(buffer: bytearray, position: int, cookie: int) -> int:
+def put_done(buffer: bytearray | memoryview, position: int, cookie: int) -> int:
     """Write a NONE chunk that ends a reply successfully; return where it ends."""
     CHUNK.pack_into(buffer, position, STRUCTURED_REPLY_MAGIC, _DONE, _NONE, cookie, 0)
     return position + 20
 
 
 def put_data_header(
-    buffer: bytearray,
+    buffer: bytearray | memoryview,
     position: int,
     cookie: int,
     offset: int,
@@ -92,7 +94,7 @@ def put_data_header(
 
 
 def put_hole(
-    buffer: bytearray,
+    buffer: bytearray | memoryview,
     position: int,
     cookie: int,
     offset: int,
