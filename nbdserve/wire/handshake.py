@@ -517,10 +517,9 @@ class ServerHandshake:
 
     def _flags_of(self, export: ExportInfo) -> int:
         """Return the transmission flags that are true for this client."""
-        flags = export.transmission_flags | TransmissionFlag.HAS_FLAGS
-        if self.structured:
-            return int(flags | TransmissionFlag.SEND_DF)
-        return int(flags & ~TransmissionFlag.SEND_DF)
+        flags = int(export.transmission_flags | TransmissionFlag.HAS_FLAGS)
+        df = int(TransmissionFlag.SEND_DF)
+        return flags | df if self.structured else flags & ~df
 
     def _open_ask(self) -> Ask | None:
         return self._ask

@@ -91,7 +91,8 @@ def _allowed(facts: ExportFacts) -> dict[int, Allowed]:
     def command(
         own_flags: int = 0, least: int = 0, most: int = anything, end: int = facts.size
     ) -> Allowed:
-        return Allowed(_ALL_FLAGS & ~(anywhere | own_flags), least, most, end)
+        # as plain numbers: ~ of an IntFlag forgets the bits that have no name
+        return Allowed(_ALL_FLAGS & ~int(anywhere | own_flags), least, most, end)
 
     df = CommandFlag.DF if flags & TransmissionFlag.SEND_DF and facts.structured else 0
     result = {
