@@ -1,0 +1,212 @@
+"""Making a new image file, of any format.
+
+The image is written under a temporary name beside its final one, synced, and only
+then given its name, without ever replacing a file: after a crash or an error
+there is a whole image or none. Blocking calls: made by the command line or in
+a thread.
+"""
+
+import errno
+import os
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from nbdserve.errors import ConfigError
+from nbdserve.formats.qcow1 import create as qcow1
+from nbdserve.formats.qcow2 import create as qcow2
+
+FORMATS: Final = ("qcow2", "qcow", "raw")
+PREALLOCATIONS: Final = ("off", "falloc")
+MAX_SIZE = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Request:
+    """The arguments of `create_image`; None is "not given"."""
+
+    size: int
+    format: str
+    backing: str | None
+    backing_format: str | None
+    cluster_size: int | None
+    compat: int | None
+    refcount_bits: int | None
+    preallocation: str | None
+
+
+def create_image(  # noqa: PLR0913 - each is one option of the command line
+    path: str | os.PathLike[str],
+    size: int,
+    *,
+    format: str = "qcow2",  # noqa: A002 - what everybody calls it
+    backing: str | None = None,
+    backing_format: str | None = None,
+    cluster_size: int | None = None,
+    compat: int | None = None,
+    refcount_bits: int | None = None,
+    preallocation: str | None = None,
+) -> None:
+    """Make a new image; durable, and complete, when this returns.
+
+    Args:
+        path: Where; nothing may be there yet.
+        size: Bytes of the disk; qcow and qcow2 round up to 512.
+        format: qcow2, qcow or raw.
+        backing: Name of the backing file, stored as it is; a relative one counts
+            from the folder of the image.
+        backing_format: Its format; required with `backing`.
+        cluster_size: Bytes; qcow2 only, 65536 unless given.
+        compat: 2 or 3, the qcow2 version; 3 unless given.
+        refcount_bits: 1 to 64; qcow2 only, 16 unless given.
+        preallocation: off (unless given) or falloc; qcow2 and raw.
+
+    Raises:
+        ConfigError: A choice is not possible, the file exists, the backing file
+            is missing or of another format, or the system refuses a step.
+    """
+    path = os.fspath(path)
+    request = _Request(
+        size=size,
+        format=format,
+        backing=backing,
+        backing_format=backing_format,
+        cluster_size=cluster_size,
+        compat=compat,
+        refcount_bits=refcount_bits,
+        preallocation=preallocation,
+    )
+    _judge(request)
+    if backing is not None:
+        _judge_backing(path, request)
+    write = _writer(request)
+    try:
+        _publish(path, write)
+    except FileExistsError as error:
+        raise ConfigError(f"{path} exists already: nothing is overwritten") from error
+    except OSError as error:
+        raise ConfigError(f"can't create {path}: {error.strerror}") from error
+
+
+def _judge(request: _Request) -> None:
+    if request.format not in FORMATS:
+        raise ConfigError(
+            f"format {request.format!r}: must be one of {', '.join(FORMATS)}"
+        )
+    if not 0 <= request.size <= MAX_SIZE:
+        raise ConfigError(f"size {request.size}: must be 0 to 2^63 - 1 bytes")
+    if request.preallocation not in (None, *PREALLOCATIONS):
+        raise ConfigError(
+            f"preallocation {request.preallocation!r}: must be one of"
+            f" {', '.join(PREALLOCATIONS)}"
+        )
+    if request.format == "qcow2":
+        return
+    for name, value in (
+        ("cluster size", request.cluster_size),
+        ("compat", request.compat),
+        ("refcount bits", request.refcount_bits),
+    ):
+        if value is not None:
+            raise ConfigError(f"{name} can be chosen for qcow2 only")
+    if request.format == "raw" and request.backing is not None:
+        raise ConfigError("a raw image can't have a backing file")
+    if request.format == "qcow" and request.preallocation == "falloc":
+        raise ConfigError("preallocation falloc is for qcow2 and raw only")
+
+
+def _judge_backing(path: str, request: _Request) -> None:
+    backing = request.backing or ""
+    if request.backing_format not in FORMATS:
+        raise ConfigError(
+            f"backing file {backing}: its format must be given, one of"
+            f" {', '.join(FORMATS)}"
+        )
+    if ":" in backing.partition("/")[0]:
+        raise ConfigError(
+            f"backing file {backing!r} reads like a URI: write ./{backing} for a file"
+        )
+    if "\0" in backing or not backing:
+        raise ConfigError("the name of the backing file is empty or has a NUL byte")
+    resolved = os.path.join(os.path.dirname(path), backing)
+    try:
+        with open(resolved, "rb") as file:
+            magic = file.read(8)
+    except OSError as error:
+        raise ConfigError(f"backing file {resolved}: {error.strerror}") from error
+    found = {b"QFI\xfb\0\0\0\1": "qcow", b"QFI\xfb\0\0\0\2": "qcow2"}.get(
+        magic, "qcow2" if magic == b"QFI\xfb\0\0\0\3" else "raw"
+    )
+    wanted = request.backing_format
+    # A raw disk may hold an image, but qcow can't record that it is meant so.
+    if found != wanted and (wanted != "raw" or request.format == "qcow"):
+        raise ConfigError(f"backing file {resolved} is {found}, not {wanted}")
+
+
+def _writer(request: _Request) -> Callable[[int], None]:
+    """Judge what is left and return the function that fills the file."""
+    backing_name = None if request.backing is None else os.fsencode(request.backing)
+    falloc = request.preallocation == "falloc"
+    if request.format == "raw":
+        return lambda fd: _write_raw(fd, request.size, falloc=falloc)
+    if request.format == "qcow":
+        return lambda fd: qcow1.write_image(fd, request.size, backing_name=backing_name)
+    options = qcow2.Options(
+        cluster_size=(
+            qcow2.DEFAULT_CLUSTER_SIZE
+            if request.cluster_size is None
+            else request.cluster_size
+        ),
+        version=3 if request.compat is None else request.compat,
+        refcount_bits=16 if request.refcount_bits is None else request.refcount_bits,
+        backing_name=backing_name,
+        backing_format=request.backing_format if request.backing else None,
+        preallocate=falloc,
+    )
+    return lambda fd: qcow2.write_image(fd, request.size, options)
+
+
+def _write_raw(fd: int, size: int, *, falloc: bool) -> None:
+    os.ftruncate(fd, size)
+    if falloc and size:
+        os.posix_fallocate(fd, 0, size)
+
+
+def _publish(path: str, write: Callable[[int], None]) -> None:
+    """Let `write` fill a file, make it durable, and give it the name `path`."""
+    if os.path.lexists(path):
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
+    folder, name = os.path.split(path)
+    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.new")
+    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
+    try:
+        try:
+            write(fd)
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        _link(temporary, path)
+    finally:
+        if os.path.lexists(temporary):
+            os.unlink(temporary)
+    _sync_folder(folder or os.curdir)
+
+
+def _link(temporary: str, path: str) -> None:
+    try:
+        os.link(temporary, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        # No hard links here (vfat): take the name first, then replace our own file.
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
+        os.rename(temporary, path)
+
+
+def _sync_folder(folder: str) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

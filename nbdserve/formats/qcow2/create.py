@@ -1,0 +1,260 @@
+"""Writing a new qcow2 image into an empty file.
+
+The file is laid out front to back: header, refcount table, refcount blocks, L1
+table, and with preallocation L2 tables and data. Fields, extensions and limits
+are those of `qemu-img create`. Blocking calls: made by the command line or in
+a thread.
+"""
+
+import errno
+import os
+import sys
+from array import array
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from nbdserve.errors import ConfigError, ImageFormatError
+from nbdserve.formats.qcow2.extensions import (
+    EXTENSION_BACKING_FORMAT,
+    EXTENSION_FEATURE_NAMES,
+    encode_feature_names,
+)
+from nbdserve.formats.qcow2.header import (
+    CURRENT_LENGTH,
+    MAX_BACKING_NAME,
+    MAX_CLUSTER_BITS,
+    MAX_L1_BYTES,
+    MAX_REFCOUNT_TABLE_BYTES,
+    MIN_CLUSTER_BITS,
+    V2_LENGTH,
+    Header,
+    encode_header,
+    l1_entries_for,
+)
+
+DEFAULT_CLUSTER_SIZE = 65536
+#: qemu writes the feature name table only where clusters are larger than this.
+_NO_FEATURE_NAMES_UP_TO = 4096
+_COPIED = 1 << 63
+#: Bytes of tables that are put together at a time.
+_BATCH = 4 << 20
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What can be chosen about a new image.
+
+    Attributes:
+        cluster_size: Bytes, a power of two from 512 to 2 MiB.
+        version: 2 or 3.
+        refcount_bits: A power of two from 1 to 64; 16 for version 2.
+        backing_name: As it shall be stored.
+        backing_format: Its format.
+        preallocate: Whether every cluster of the disk gets its place, with
+            storage reserved by fallocate.
+    """
+
+    cluster_size: int = DEFAULT_CLUSTER_SIZE
+    version: int = 3
+    refcount_bits: int = 16
+    backing_name: bytes | None = None
+    backing_format: str | None = None
+    preallocate: bool = False
+
+    def __post_init__(self) -> None:
+        """Judge every choice.
+
+        Raises:
+            ConfigError: Names what is allowed.
+        """
+        allowed = [1 << bits for bits in range(MIN_CLUSTER_BITS, MAX_CLUSTER_BITS + 1)]
+        if self.cluster_size not in allowed:
+            raise ConfigError(
+                f"cluster size {self.cluster_size}: must be a power of two from 512 to"
+                " 2097152 (2M)"
+            )
+        if self.version not in (2, 3):
+            raise ConfigError(f"compat {self.version}: must be 2 or 3")
+        if self.refcount_bits not in (1, 2, 4, 8, 16, 32, 64):
+            raise ConfigError(
+                f"refcount bits {self.refcount_bits}: must be 1, 2, 4, 8, 16, 32 or 64"
+            )
+        if self.version == 2 and self.refcount_bits != 16:
+            raise ConfigError(
+                f"refcount bits {self.refcount_bits}: version 2 has 16, others need"
+                " compat 3"
+            )
+        if self.backing_name is not None and self.preallocate:
+            raise ConfigError(
+                "preallocation hides the backing file: choose one of the two"
+            )
+        if len(self.backing_name or b"") > MAX_BACKING_NAME:
+            raise ConfigError(
+                f"the backing file name has {len(self.backing_name or b'')} bytes: at"
+                f" most {MAX_BACKING_NAME}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class _Layout:
+    """Where things lie, in clusters, one after the other behind the header."""
+
+    refcount_table: int
+    refcount_blocks: int
+    l1: int
+    l2: int
+    data: int
+
+    @property
+    def metadata(self) -> int:
+        return 1 + self.refcount_table + self.refcount_blocks + self.l1 + self.l2
+
+    @property
+    def total(self) -> int:
+        return self.metadata + self.data
+
+
+def _ceil_div(dividend: int, divisor: int) -> int:
+    return -(-dividend // divisor)
+
+
+def _lay_out(size: int, options: Options) -> _Layout:
+    cluster_size = options.cluster_size
+    l1_entries = l1_entries_for(size, cluster_size.bit_length() - 1)
+    if l1_entries * 8 > MAX_L1_BYTES:
+        limit = MAX_L1_BYTES // 8 * (cluster_size // 8) * cluster_size
+        raise ConfigError(
+            f"{size} bytes are too many for clusters of {cluster_size} bytes: at most"
+            f" {limit}; take larger clusters"
+        )
+    l1 = _ceil_div(l1_entries * 8, cluster_size)
+    l2 = l1_entries if options.preallocate else 0
+    data = _ceil_div(size, cluster_size) if options.preallocate else 0
+    block_entries = cluster_size * 8 // options.refcount_bits
+    table = blocks = 1
+    # Both cover themselves too: repeat until nothing grows.
+    while True:
+        layout = _Layout(table, blocks, l1, l2, data)
+        blocks = _ceil_div(layout.total, block_entries)
+        table = _ceil_div(blocks * 8, cluster_size)
+        if (table, blocks) == (layout.refcount_table, layout.refcount_blocks):
+            break
+    if table * cluster_size > MAX_REFCOUNT_TABLE_BYTES:
+        raise ConfigError(
+            f"{size} bytes can't be preallocated with clusters of {cluster_size} bytes:"
+            " the refcount table would be too large; take larger clusters"
+        )
+    return layout
+
+
+def write_image(fd: int, size: int, options: Options) -> None:
+    """Write a new image into an empty file; the caller syncs it.
+
+    Args:
+        fd: Open for writing.
+        size: Bytes of the disk, rounded up to 512 as qemu does.
+        options: The rest.
+
+    Raises:
+        ConfigError: The size does not fit the cluster size, or the backing
+            name the first cluster.
+        OSError: The file can't be written, or has no room.
+    """
+    size = _ceil_div(size, 512) * 512
+    layout = _lay_out(size, options)
+    cluster_size = options.cluster_size
+    header = _header(size, options, layout)
+    try:
+        encoded = encode_header(header)
+    except ImageFormatError as error:
+        raise ConfigError(str(error)) from error
+    os.ftruncate(fd, layout.total * cluster_size)
+    _write_all(fd, encoded, 0)
+    blocks_offset = (1 + layout.refcount_table) * cluster_size
+    _write_words(
+        fd, header.refcount_table_offset, blocks_offset, layout.refcount_blocks, header
+    )
+    _write_refcounts(fd, blocks_offset, layout.total, options)
+    if options.preallocate and size:
+        l2_offset = (layout.metadata - layout.l2) * cluster_size
+        data_offset = layout.metadata * cluster_size
+        flag = _COPIED
+        _write_words(
+            fd, header.l1_table_offset, flag | l2_offset, header.l1_size, header
+        )
+        _write_words(fd, l2_offset, flag | data_offset, layout.data, header)
+        _reserve(fd, data_offset, layout.data * cluster_size)
+
+
+def _header(size: int, options: Options, layout: _Layout) -> Header:
+    cluster_size = options.cluster_size
+    cluster_bits = cluster_size.bit_length() - 1
+    extensions: list[tuple[int, bytes]] = []
+    if options.backing_format is not None:
+        extensions.append((EXTENSION_BACKING_FORMAT, options.backing_format.encode()))
+    if options.version > 2 and cluster_size > _NO_FEATURE_NAMES_UP_TO:
+        extensions.append((EXTENSION_FEATURE_NAMES, encode_feature_names()))
+    l1_clusters_before = 1 + layout.refcount_table + layout.refcount_blocks
+    return Header(
+        version=options.version,
+        backing_name=options.backing_name,
+        cluster_bits=cluster_bits,
+        size=size,
+        l1_size=l1_entries_for(size, cluster_bits),
+        l1_table_offset=l1_clusters_before * cluster_size if layout.l1 else 0,
+        refcount_table_offset=cluster_size,
+        refcount_table_clusters=layout.refcount_table,
+        refcount_order=options.refcount_bits.bit_length() - 1,
+        header_length=V2_LENGTH if options.version == 2 else CURRENT_LENGTH,
+        extensions=tuple(extensions),
+    )
+
+
+def _write_words(fd: int, at: int, first_word: int, count: int, header: Header) -> None:
+    """Write `count` big-endian words, each one cluster further than the last."""
+    step = header.cluster_size
+    for offset, words in _ranges(first_word, count, step):
+        if sys.byteorder == "little":
+            words.byteswap()
+        _write_all(fd, words.tobytes(), at + offset)
+
+
+def _ranges(first: int, count: int, step: int) -> Iterator[tuple[int, "array[int]"]]:
+    per_batch = _BATCH // 8
+    for index in range(0, count, per_batch):
+        number = min(per_batch, count - index)
+        start = first + index * step
+        yield index * 8, array("Q", range(start, start + number * step, step))
+
+
+def _write_refcounts(fd: int, at: int, clusters: int, options: Options) -> None:
+    """Write refcounts of 1 for the first `clusters` clusters."""
+    bits = options.refcount_bits
+    if bits >= 8:
+        one, per_unit = (1).to_bytes(bits // 8, "big"), 1
+    else:
+        # Less than a byte: the first cluster is in the lowest bits.
+        per_unit = 8 // bits
+        one = bytes([sum(1 << shift for shift in range(0, 8, bits))])
+    units, rest = divmod(clusters, per_unit)
+    per_batch = _BATCH // len(one)
+    for index in range(0, units, per_batch):
+        batch = one * min(per_batch, units - index)
+        _write_all(fd, batch, at + index * len(one))
+    if rest:
+        last = bytes([one[0] & (1 << rest * bits) - 1])
+        _write_all(fd, last, at + units)
+
+
+def _reserve(fd: int, offset: int, length: int) -> None:
+    os.posix_fallocate(fd, offset, length)
+
+
+def _write_all(fd: int, data: bytes, offset: int) -> None:
+    view = memoryview(data)
+    while view:
+        written = os.pwrite(fd, view, offset)
+        if written == 0:
+            raise OSError(errno.EIO, "a write made no progress")
+        view = view[written:]
+        offset += written
