@@ -1,0 +1,68 @@
+"""A disk as clients see it: a name, and facts that are true for this disk."""
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.wire.constants import (
+    BASE_ALLOCATION,
+    MAX_PAYLOAD,
+    MIN_PREFERRED_BLOCK,
+    TransmissionFlag,
+)
+from nbdserve.wire.handshake import ExportInfo
+
+#: "Size constraints": the preferred size SHOULD NOT exceed the payload, and clients
+#: were seen to use it as the unit of their own caches: 2 MiB clusters are the most.
+_MAX_PREFERRED_BLOCK = 2 << 20
+
+
+class Export:
+    """An open disk under its name.
+
+    Attributes:
+        name: What clients ask for; matched exactly.
+        device: The disk.
+        description: For people; may be empty.
+    """
+
+    def __init__(self, name: str, device: BlockDevice, description: str = "") -> None:
+        self.name = name
+        self.device = device
+        self.description = description
+
+    def transmission_flags(self) -> TransmissionFlag:
+        """Return what the disk can do ("Transmission flags" of doc/proto.md).
+
+        Each flag only where it is true. SEND_DF depends on the client, so that the
+        handshake adds it.
+        """
+        device = self.device
+        flags = (
+            TransmissionFlag.HAS_FLAGS
+            | TransmissionFlag.SEND_FLUSH
+            | TransmissionFlag.SEND_FUA
+            # every connection works on the same device, whose flush covers
+            # whatever completed before it, no matter on which connection
+            | TransmissionFlag.CAN_MULTI_CONN
+            | TransmissionFlag.SEND_CACHE
+        )
+        if device.read_only:
+            return flags | TransmissionFlag.READ_ONLY
+        flags |= TransmissionFlag.SEND_WRITE_ZEROES
+        if device.can_trim:
+            flags |= TransmissionFlag.SEND_TRIM
+        if device.can_fast_zero:
+            flags |= TransmissionFlag.SEND_FAST_ZERO
+        return flags
+
+    def info(self) -> ExportInfo:
+        """Return what a client is told."""
+        preferred = min(self.device.preferred_block, _MAX_PREFERRED_BLOCK)
+        return ExportInfo(
+            name=self.name,
+            size=self.device.size,
+            transmission_flags=int(self.transmission_flags()),
+            description=self.description,
+            minimum_block=1,
+            preferred_block=max(preferred, MIN_PREFERRED_BLOCK),
+            maximum_payload=MAX_PAYLOAD,
+            meta_contexts=(BASE_ALLOCATION,),
+        )

@@ -1,0 +1,451 @@
+"""One client in the transmission phase: bytes in, requests out to the session.
+
+A readable socket starts a turn: receive what is there into memory that all connections
+share, carry out every complete request in it, send the replies together. What is
+left of an incomplete request is kept as a few bytes, so that an idle
+connection costs next to nothing. A turn has a budget of time and bytes; a peer that does
+not read its replies, or has too much in flight, is not read until that changes.
+"""
+
+import asyncio
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from time import perf_counter
+from typing import Final
+
+from nbdserve.errors import ProtocolError
+from nbdserve.exports.export import Export
+from nbdserve.server.budget import Budget
+from nbdserve.server.buffers import Buffer
+from nbdserve.server.limits import Limits
+from nbdserve.server.outbox import Arena, Outbox
+from nbdserve.server.session import Session
+from nbdserve.wire.constants import REQUEST_MAGIC, Command, NbdError
+from nbdserve.wire.handshake import Negotiated
+from nbdserve.wire.requests import REQUEST, bad_magic
+from nbdserve.wire.transmission import drain_length
+from nbdserve.wire.validate import ExportFacts, Refusal, judge
+
+#: Bytes that are received at once: a burst of 32 writes of 4 KiB with ease.
+_RECEIVE: Final = 192 << 10
+#: The payload of a longer write gets its own buffer if it is not there yet, in which
+#: the rest arrives where the disk takes it from. Up to here it is copied instead.
+_COPIED_PAYLOAD: Final = 32 << 10
+#: Bytes that have to be free for receiving behind what is left of the last turn.
+_LEAST_ROOM: Final = 64 << 10
+#: Requests between two looks at the clock: about 50 us.
+_REQUESTS_PER_LOOK: Final = 16
+
+_HEADER: Final = REQUEST.size
+_READ: Final = int(Command.READ)
+_WRITE: Final = int(Command.WRITE)
+_DISC: Final = int(Command.DISC)
+_SHUTTING_DOWN: Final = "server shutting down"
+_unpack = REQUEST.unpack_from
+_Judge = Callable[[ExportFacts, int, int, int, int], Refusal | None]
+
+
+@dataclass(slots=True)
+class _Payload:
+    """A write whose payload is still arriving."""
+
+    flags: int
+    cookie: int
+    offset: int
+    length: int
+    buffer: Buffer
+    received: int
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all connections of a loop have together.
+
+    Attributes:
+        limits: What each of them may use.
+        incoming: Where bytes are received.
+        outgoing: Where replies are put together.
+        budget: Bytes in flight of all.
+    """
+
+    limits: Limits
+    incoming: Arena
+    outgoing: Arena
+    budget: Budget
+
+
+class Connection:
+    """One client in the transmission phase.
+
+    Attributes:
+        session: Its requests.
+        closed: Done when everything is over; the result says why it ended.
+        blame: The error of the client that ended the connection, if it was one.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        export: Export,
+        negotiated: Negotiated,
+        shared: Shared,
+    ) -> None:
+        self._loop = loop
+        self._socket = sock
+        self._shared = shared
+        self._limits = shared.limits
+        self._budget = shared.budget
+        self._outbox = Outbox(
+            loop, sock, shared.outgoing, shared.budget, self._on_progress
+        )
+        self.session = Session(
+            loop,
+            export.device,
+            negotiated,
+            self._outbox,
+            shared.budget,
+            self._on_progress,
+        )
+        self._facts = ExportFacts(
+            size=negotiated.export.size,
+            transmission_flags=negotiated.transmission_flags,
+            structured=negotiated.structured,
+            meta_contexts=len(negotiated.meta_contexts),
+            minimum_block=negotiated.export.minimum_block,
+            max_payload=negotiated.export.maximum_payload,
+        )
+        self._judge: _Judge = judge
+        self._rest = b""  # received, but not carried out
+        self._cut_short = False  # there are complete requests in it
+        self._payload: _Payload | None = None
+        self._drain_left = 0  # bytes of the payload of a refused write
+        self._reading = False  # the loop watches the socket
+        self._continuing = False  # a turn is scheduled
+        self._ended: str | None = None  # no more requests, and why
+        self._linger: asyncio.TimerHandle | None = None
+        self._shutting_down = False
+        self.blame: ProtocolError | None = None
+        self.closed: asyncio.Future[str] = loop.create_future()
+
+    def start(self, leftover: bytes) -> None:
+        """Begin with what came behind the handshake."""
+        self._rest = leftover
+        self._cut_short = bool(leftover)
+        if leftover:
+            self._continue_soon()
+        else:
+            self._watch()
+
+    def shut_down(self) -> None:
+        """Refuse new requests, answer those in flight, then close."""
+        if self._shutting_down or self._ended is not None:
+            return
+        self._shutting_down = True
+        self._judge = _refuse_all
+        if not self._outbox.blocked:
+            self._guarded_turn()  # who has just asked is told, not cut off
+
+    def abort(self) -> None:
+        """Close at once; what is in flight comes to its end unanswered."""
+        self._end(_SHUTTING_DOWN)
+        self._close()
+
+    # When to take a turn
+
+    def _watch(self) -> None:
+        if not self._reading:
+            self._reading = True
+            self._loop.add_reader(self._socket.fileno(), self._on_readable)
+
+    def _unwatch(self) -> None:
+        if self._reading:
+            self._reading = False
+            self._loop.remove_reader(self._socket.fileno())
+
+    def _on_readable(self) -> None:
+        if self._linger is not None:
+            self._discard()
+        elif not self._continuing:
+            self._guarded_turn()
+
+    def _continue_soon(self) -> None:
+        """Take another turn after the others had theirs."""
+        if not self._continuing:
+            self._continuing = True
+            self._loop.call_soon(self._continue)
+
+    def _continue(self) -> None:
+        self._continuing = False
+        if self._ended is None and self._may_start():
+            self._guarded_turn()
+
+    def _may_start(self) -> bool:
+        """Tell whether limits and the peer allow another request."""
+        session = self.session
+        return (
+            not self._outbox.blocked
+            and session.in_flight < self._limits.requests_in_flight
+            and session.bytes_in_flight < self._limits.bytes_in_flight
+            # whoever has nothing in flight may go on, or could wait for ever
+            and (not session.in_flight or not self._budget.exhausted)
+        )
+
+    def _on_progress(self) -> None:
+        """Something was finished or sent: go on, or come to the end."""
+        self._notice_loss()
+        if self._ended is None and not self._continuing:
+            if not self._reading and self._may_start():
+                self._continue_soon()
+            elif self._shutting_down:
+                self._end_if_quiet()
+        if self._ended is not None:
+            self._close_if_idle()
+
+    def _guarded_turn(self) -> None:
+        """Take a turn, end the connection if that goes wrong, and decide what follows."""
+        try:
+            self._turn()
+        except ProtocolError as error:
+            self.blame = error
+            self._end(str(error))
+        except OSError as error:
+            self._end(error.strerror or "connection lost")
+        self._notice_loss()
+        if self._ended is None and self._shutting_down:
+            self._end_if_quiet()
+        if self._ended is not None:
+            self._close_if_idle()
+        elif not self._may_start():
+            self._unwatch()
+            if self._budget.exhausted:
+                self._budget.wake_later(self._on_progress)
+        elif self._cut_short:
+            self._continue_soon()
+        else:
+            self._watch()
+
+    # A turn
+
+    def _turn(self) -> None:
+        """Receive, carry out, send."""
+        self._outbox.begin()
+        try:
+            if self._payload is not None:
+                self._receive_payload(self._payload)
+            else:
+                self._receive()
+        finally:
+            self._outbox.flush()
+
+    def _receive(self) -> None:
+        """Receive requests behind what is left, and carry them out."""
+        arena = self._shared.incoming
+        buffer = arena.buffer
+        rest = self._rest
+        if buffer.pins == 1:
+            buffer.position = 0
+        elif buffer.capacity - buffer.position < len(rest) + _LEAST_ROOM:
+            buffer = arena.renew()
+        start = buffer.position
+        end = start + len(rest)
+        view = buffer.view
+        if rest:
+            view[start:end] = rest
+            self._rest = b""
+        if not self._cut_short:
+            try:
+                received = self._socket.recv_into(view[end : end + _RECEIVE])
+            except (BlockingIOError, InterruptedError):
+                received = 0
+            else:
+                if not received:
+                    self._end_of_stream(bool(rest))
+            end += received
+        self._cut_short = False
+        position = self._carry_out(buffer, start, end)
+        if buffer.pins > 1:
+            buffer.position = position  # a write that waits has its payload in there
+        if position < end and self._ended is None:
+            self._rest = bytes(view[position:end])
+
+    def _carry_out(self, buffer: Buffer, position: int, end: int) -> int:
+        """Carry out the complete requests in a part of a buffer.
+
+        Returns:
+            Where the first one starts that was not carried out.
+        """
+        if self._drain_left:
+            position = self._drain(position, end)
+        view = buffer.view
+        facts, judge_request = self._facts, self._judge
+        session, outbox = self.session, self._outbox
+        deadline_s = perf_counter() + self._limits.turn_s
+        bytes_left = self._limits.turn_bytes
+        count = 0
+        while end - position >= _HEADER:
+            magic, flags, command, cookie, offset, length = _unpack(view, position)
+            if magic != REQUEST_MAGIC:
+                raise bad_magic(magic)
+            data = position + _HEADER
+            refusal = judge_request(facts, command, flags, offset, length)
+            if refusal is not None:
+                session.refuse(cookie, refusal)
+                self._drain_left = drain_length(command, flags, length)
+                position = self._drain(data, end)
+            elif command == _READ:
+                position = data
+                bytes_left -= length
+                session.read(flags, cookie, offset, length)
+            elif command == _WRITE:
+                if end - data < length:
+                    if length > _COPIED_PAYLOAD:
+                        self._expect(flags, cookie, offset, length, view[data:end])
+                        position = end
+                    break
+                position = data + length
+                bytes_left -= length
+                session.write(flags, cookie, offset, view[data:position], buffer)
+            elif command == _DISC:
+                self._end("disconnected")
+                break
+            else:
+                position = data
+                session.other(command, flags, cookie, offset, length)
+            count += 1
+            if (session.in_flight or outbox.blocked) and not self._may_start():
+                self._cut_short = True
+                break
+            if bytes_left <= 0 or (
+                not count % _REQUESTS_PER_LOOK and perf_counter() > deadline_s
+            ):
+                self._cut_short = True
+                break
+        session.counters.requests += count
+        return position
+
+    def _drain(self, position: int, end: int) -> int:
+        """Skip the payload of a refused write; return where that ends for now."""
+        skipped = min(self._drain_left, end - position)
+        self._drain_left -= skipped
+        return position + skipped
+
+    def _expect(
+        self, flags: int, cookie: int, offset: int, length: int, first: memoryview
+    ) -> None:
+        """Prepare for the rest of a long payload."""
+        buffer = self._shared.incoming.pool.take(length)
+        buffer.view[: len(first)] = first
+        self._budget.take(length)
+        self._payload = _Payload(flags, cookie, offset, length, buffer, len(first))
+
+    def _receive_payload(self, payload: _Payload) -> None:
+        """Receive a long payload where the disk takes it from, then write it."""
+        view = payload.buffer.view
+        enough = min(payload.length, payload.received + self._limits.turn_bytes)
+        try:
+            while payload.received < enough:
+                received = self._socket.recv_into(
+                    view[payload.received : payload.length]
+                )
+                if not received:
+                    self._end_of_stream(inside_request=True)
+                    return
+                payload.received += received
+        except (BlockingIOError, InterruptedError):
+            return
+        if payload.received == payload.length:
+            self.session.counters.requests += 1
+            self.session.write(
+                payload.flags,
+                payload.cookie,
+                payload.offset,
+                view[: payload.length],
+                payload.buffer,
+            )
+            self._drop_payload()
+
+    def _drop_payload(self) -> None:
+        if self._payload is not None:
+            self._budget.give_back(self._payload.length)
+            self._payload.buffer.unpin()
+            self._payload = None
+
+    # The end
+
+    def _end_of_stream(self, inside_request: bool) -> None:
+        if inside_request or self._drain_left:
+            self._end("closed by the client inside a request")
+        else:
+            self._end("closed by the client")
+
+    def _notice_loss(self) -> None:
+        if self._outbox.lost is not None:
+            self._end(self._outbox.lost.strerror or "connection lost")
+
+    def _end(self, reason: str) -> None:
+        """Take no more requests. The first reason counts."""
+        if self._ended is None:
+            self._ended = reason
+            self._unwatch()
+            self._drop_payload()
+            self._rest = b""
+            self._budget.forget(self._on_progress)
+
+    def _end_if_quiet(self) -> None:
+        """When shutting down: end after the last reply."""
+        if not self._cut_short and not self.session.in_flight and self._outbox.empty:
+            self._end(_SHUTTING_DOWN)
+
+    def _close_if_idle(self) -> None:
+        """Close once everything is answered."""
+        if self.session.in_flight or not self._outbox.empty or self._linger is not None:
+            return
+        if self._shutting_down and self._outbox.lost is None:
+            self._start_lingering()
+        else:
+            self._close()
+
+    def _start_lingering(self) -> None:
+        """Close our half, and give the client a moment to close the other one.
+
+        If requests arrive that nobody reads, closing a TCP socket sends a reset,
+        and that makes the client's kernel throw away replies not yet read.
+        """
+        try:
+            self._socket.shutdown(socket.SHUT_WR)
+        except OSError:
+            self._close()  # the client is gone already
+            return
+        self._linger = self._loop.call_later(self._limits.linger_s, self._close)
+        self._watch()
+
+    def _discard(self) -> None:
+        try:
+            received = self._socket.recv(_LEAST_ROOM)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            received = b""
+        if not received:
+            self._close()
+
+    def _close(self) -> None:
+        """Close the socket, and give everything back."""
+        if self._linger is not None:
+            self._linger.cancel()
+        if not self.closed.done():
+            self._unwatch()
+            self._outbox.close()
+            self._socket.close()
+            self.closed.set_result(self._ended or _SHUTTING_DOWN)
+
+
+def _refuse_all(
+    _facts: ExportFacts, command: int, _flags: int, _offset: int, _length: int
+) -> Refusal | None:
+    """Judge while the server is shutting down."""
+    if command == _DISC:
+        return None
+    return Refusal(NbdError.ESHUTDOWN, "the server is shutting down")

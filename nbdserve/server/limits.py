@@ -1,0 +1,36 @@
+"""What one server, one connection and one turn of the loop may use, and why."""
+
+from dataclasses import dataclass
+
+MIB = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """Limits of a server; every field may be changed by its operator."""
+
+    #: A client that wants to talk does so within seconds; qemu gives as long.
+    handshake_timeout_s: float = 10.0
+    #: File descriptors and a few KiB each; qemu's own default is 100.
+    connections: int = 4096
+    #: Waiting requests per connection. The kernel and fio send 128 at most, nbdcopy 64
+    #: for each of its connections; eight times that still is a few MiB of tasks.
+    requests_in_flight: int = 1024
+    #: Of one connection: two requests of the greatest size.
+    bytes_in_flight: int = 128 * MIB
+    #: Of all connections. Above it, only connections without a request
+    #: in flight start one, so that nobody starves.
+    total_bytes_in_flight: int = 1024 * MIB
+    #: One turn of one connection. Others wait as long for each busy one.
+    turn_s: float = 0.0005
+    turn_bytes: int = MIB
+    #: Memory that is kept for the next large requests.
+    idle_buffer_bytes: int = 128 * MIB
+    #: After SIGTERM: how long requests in flight may take, before the server
+    #: gives up on them (systemd's default for the whole is 90 s).
+    drain_timeout_s: float = 20.0
+    #: How long a peer may take to close its end after the server closed its own;
+    #: until then its kernel can still deliver the last replies.
+    linger_s: float = 0.5
+    #: How long flushing and closing all images may take.
+    close_timeout_s: float = 30.0
