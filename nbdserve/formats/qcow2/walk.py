@@ -1,0 +1,460 @@
+"""One walk over all metadata of a qcow2 image: who uses which cluster.
+
+`check` compares what it finds with the refcounts on disk, `rebuild` writes it
+there. The judgement follows qemu-img check, so that both agree on what is a
+corruption; docs/interop/qcow2.rst of qemu says what the structures are.
+
+A table that several pointers lead to (snapshots share most of theirs) is read
+once and counts as often as it is used. Blocking reads: run it in the command
+line's own process or another one, never beside an event loop.
+"""
+
+import os
+import sys
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from nbdserve.errors import ImageCorruptError, ImageError
+from nbdserve.formats.check_result import CheckResult
+from nbdserve.formats.qcow2.bitmap_directory import (
+    BITMAP_TABLE_OFFSET_MASK,
+    BITMAP_TABLE_RESERVED_MASK,
+    parse_bitmap_directory,
+)
+from nbdserve.formats.qcow2.cluster_counts import ClusterCounts, decode_block
+from nbdserve.formats.qcow2.extensions import (
+    EXTENSION_BITMAPS,
+    EXTENSION_LUKS,
+    parse_bitmaps_extension,
+    parse_luks_extension,
+)
+from nbdserve.formats.qcow2.header import AUTOCLEAR_BITMAPS, MAX_L1_BYTES, Header
+from nbdserve.formats.qcow2.snapshot_table import (
+    MAX_TABLE_BYTES,
+    Snapshot,
+    parse_snapshot_table,
+)
+
+COPIED = 1 << 63
+COMPRESSED = 1 << 62
+ZERO = 1
+OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
+L1_RESERVED_MASK = 0x7F00_0000_0000_01FF
+#: Bits 1 to 8 and 56 to 61; bit 62 says compressed, bit 0 zero.
+L2_RESERVED_MASK = 0x3F00_0000_0000_01FE
+REFCOUNT_TABLE_RESERVED_MASK = 0x1FF
+_CHUNK = 512
+_ZERO_CHUNK = array("Q", bytes(8 * _CHUNK))
+
+
+class ImageFile:
+    """An image file's bytes, as a walk wants them: zeros past the end."""
+
+    def __init__(self, fd: int) -> None:
+        self.fd = fd
+        self.size = os.fstat(fd).st_size
+        if self.size == 0:
+            self.size = os.lseek(fd, 0, os.SEEK_END)
+
+    def read(self, host_offset: int, length: int) -> bytes:
+        """Return `length` bytes; what lies past the end of the file is zero."""
+        parts = []
+        left = length
+        while left and host_offset < self.size:
+            data = os.pread(self.fd, min(left, 64 << 20), host_offset)
+            if not data:
+                break
+            parts.append(data)
+            left -= len(data)
+            host_offset += len(data)
+        return b"".join([*parts, bytes(left)])
+
+    def words(self, host_offset: int, count: int) -> "array[int]":
+        """Return `count` big-endian 64-bit words."""
+        words = array("Q", self.read(host_offset, count * 8))
+        if sys.byteorder == "little":
+            words.byteswap()
+        return words
+
+
+def runs(words: "array[int]", step: int) -> Iterator[tuple[int, int, int]]:
+    """Find runs of words that grow by `step`; zero words are left out.
+
+    A word with offset 0 (a zero cluster without a place) is a run of its own.
+
+    Yields:
+        (index, first word, number of words).
+    """
+    start = first = 0
+    expected = -1
+    for base in range(0, len(words), _CHUNK):
+        chunk = words[base : base + _CHUNK]
+        if not first and chunk == _ZERO_CHUNK[: len(chunk)]:
+            continue
+        for index, word in enumerate(chunk, base):
+            if word == expected:
+                expected += step
+                continue
+            if first:
+                yield start, first, index - start
+            start, first = index, word
+            expected = word + step if word & OFFSET_MASK else -1
+    if first:
+        yield start, first, len(words) - start
+
+
+@dataclass(slots=True)
+class _TableUse:
+    """How many pointers lead to an L2 table, and how many from the active L1."""
+
+    total: int = 0
+    active: int = 0
+
+
+@dataclass(slots=True)
+class Walk:
+    """The walk's state and outcome.
+
+    Attributes:
+        file: Where to read.
+        header: As parsed.
+        result: Takes the findings.
+        used: How often each cluster is used.
+        stored: The refcounts on disk.
+        snapshots: The snapshot table.
+        snapshot_table_bytes: Its length.
+        refcount_table: Entries as stored.
+        unreadable_blocks: Indexes of refcount table entries that can't be used.
+        rebuild_needed: Whether refcount structures themselves are broken.
+    """
+
+    file: ImageFile
+    header: Header
+    result: CheckResult
+    used: ClusterCounts = field(default_factory=ClusterCounts)
+    stored: ClusterCounts = field(default_factory=ClusterCounts)
+    snapshots: list[Snapshot] = field(default_factory=list)
+    snapshot_table_bytes: int = 0
+    refcount_table: "array[int]" = field(default_factory=lambda: array("Q"))
+    unreadable_blocks: set[int] = field(default_factory=set)
+    rebuild_needed: bool = False
+    _tables: dict[int, _TableUse] = field(default_factory=dict)
+
+    def run(self) -> None:
+        """Count every use of every cluster, then read the stored refcounts."""
+        self.result.total_clusters = -(
+            -self.header.disk_size // self.header.cluster_size
+        )
+        self.use(0, self.header.cluster_size, "header")
+        self._snapshot_table()
+        self._l1_tables()
+        for host_offset, use in self._tables.items():
+            self._l2_table(host_offset, use)
+        self._encryption_header()
+        self._bitmaps()
+        self._refcount_structures()
+
+    def use(self, host_offset: int, length: int, what: str, times: int = 1) -> bool:
+        """Count the clusters of a region as used, if the file can have them.
+
+        The last cluster of a file may be cut, but nothing may lie a whole
+        cluster or more past the end.
+        """
+        if length <= 0:
+            return True
+        cluster_size = self.header.cluster_size
+        if host_offset + length - self.file.size >= cluster_size:
+            self.result.corruption(
+                f"{what} at {host_offset:#x} with {length} bytes runs past the end of"
+                f" the file by a cluster or more",
+                times,
+            )
+            return False
+        bits = self.header.cluster_bits
+        first = host_offset >> bits
+        last = host_offset + length - 1 >> bits
+        self.used.add(first, last - first + 1, times)
+        return True
+
+    def _snapshot_table(self) -> None:
+        header = self.header
+        if not header.nb_snapshots:
+            return
+        length = min(MAX_TABLE_BYTES, self.file.size - header.snapshots_offset)
+        try:
+            self.snapshots, self.snapshot_table_bytes = parse_snapshot_table(
+                self.file.read(header.snapshots_offset, length), header.nb_snapshots
+            )
+        except ImageCorruptError as error:
+            self.result.corruption(str(error))
+            return
+        self.use(header.snapshots_offset, self.snapshot_table_bytes, "snapshot table")
+
+    def _l1_tables(self) -> None:
+        header = self.header
+        self._l1_table(header.l1_table_offset, header.l1_size, 1, active=True)
+        shared = Counter((s.l1_table_offset, s.l1_size) for s in self.snapshots)
+        for (host_offset, entries), times in shared.items():
+            if host_offset % header.cluster_size:
+                self.result.corruption(
+                    f"a snapshot's L1 table at {host_offset:#x} is not aligned to a"
+                    " cluster",
+                    times,
+                )
+            elif entries * 8 > MAX_L1_BYTES:
+                self.result.corruption(
+                    f"a snapshot's L1 table at {host_offset:#x} has {entries} entries",
+                    times,
+                )
+            else:
+                self._l1_table(host_offset, entries, times, active=False)
+
+    def _l1_table(
+        self, host_offset: int, entries: int, times: int, *, active: bool
+    ) -> None:
+        if not entries or not self.use(host_offset, entries * 8, "L1 table", times):
+            return
+        words = self.file.words(host_offset, entries)
+        for start, first, length in runs(words, self.header.cluster_size):
+            for index in range(start, start + length):
+                word = first + (index - start) * self.header.cluster_size
+                if word & L1_RESERVED_MASK:
+                    self.result.corruption(
+                        f"L1 entry {index} at {host_offset + index * 8:#x} is"
+                        f" {word:#018x}: reserved bits are set",
+                        times,
+                    )
+                table = word & OFFSET_MASK
+                self.use(table, self.header.cluster_size, "L2 table", times)
+                if table % self.header.cluster_size:
+                    self.result.corruption(
+                        f"L1 entry {index} at {host_offset + index * 8:#x}: the L2"
+                        f" table {table:#x} is not aligned to a cluster",
+                        times,
+                    )
+                use = self._tables.setdefault(table, _TableUse())
+                use.total += times
+                use.active += times if active else 0
+
+    def _l2_table(self, host_offset: int, use: _TableUse) -> None:
+        step = self.header.cluster_size
+        words, bitmaps = self.l2_words(host_offset)
+        allocated = fragmented = compressed = 0
+        follows = 0
+        for start, first, length in runs(words, step):
+            last = first + (length - 1) * step
+            if (first | last) & (COMPRESSED | L2_RESERVED_MASK) or bitmaps is not None:
+                entries = [(start + i, first + i * step, 1) for i in range(length)]
+            else:
+                entries = [(start, first, length)]
+            for index, word, count in entries:
+                at = host_offset + index * self.header.l2_entry_size
+                if word & COMPRESSED:
+                    self._compressed(at, word, use.total)
+                    compressed += 1
+                    fragmented += 1
+                    allocated += 1
+                    continue
+                if not self._plain(at, word, count, use.total):
+                    continue
+                data = word & OFFSET_MASK
+                allocated += count
+                fragmented += int(follows not in (0, data))
+                follows = data + count * step
+            if bitmaps is not None:
+                self._subclusters(host_offset, start, length, words, bitmaps, use.total)
+        self.result.allocated_clusters += allocated * use.active
+        self.result.fragmented_clusters += fragmented * use.active
+        self.result.compressed_clusters += compressed * use.active
+
+    def l2_words(self, host_offset: int) -> "tuple[array[int], array[int] | None]":
+        """Return an L2 table's entries, and with subclusters their bitmaps."""
+        words = self.file.words(host_offset, self.header.cluster_size // 8)
+        if self.header.extended_l2:
+            return words[0::2], words[1::2]
+        return words, None
+
+    def _compressed(self, at: int, word: int, times: int) -> None:
+        if word & COPIED:
+            self.result.corruption(
+                f"L2 entry at {at:#x} is {word:#018x}: COPIED on a compressed cluster",
+                times,
+            )
+        if self.header.external_data:
+            self.result.corruption(
+                f"L2 entry at {at:#x}: compressed in an image with external data", times
+            )
+            return
+        offset_bits = 62 - (self.header.cluster_bits - 8)
+        data = word & (1 << offset_bits) - 1
+        sectors = ((word & COMPRESSED - 1) >> offset_bits) + 1
+        length = sectors * 512 - (data & 511)
+        self.use(data, length, "compressed cluster", times)
+
+    def _plain(self, at: int, word: int, count: int, times: int) -> bool:
+        """Count a run of plain clusters; return whether it is a run of clusters."""
+        header = self.header
+        if word & L2_RESERVED_MASK or (word & ZERO and header.extended_l2):
+            self.result.corruption(
+                f"L2 entry at {at:#x} is {word:#018x}: reserved bits are set", times
+            )
+        data = word & OFFSET_MASK
+        if data == 0 and not (header.external_data and word & COPIED):
+            # With the zero flag, a cluster of zeros without a place in the file;
+            # with COPIED alone, what qemu takes for unallocated.
+            return False
+        if data % header.cluster_size:
+            self.result.corruption(
+                f"L2 entry at {at:#x}: the data cluster {data:#x} is not aligned",
+                times * count,
+            )
+        if header.external_data:
+            return True
+        length = count * header.cluster_size
+        if count == 1 or data + length - self.file.size < header.cluster_size:
+            self.use(data, length, "data cluster", times)
+        else:
+            for index in range(count):
+                self.use(
+                    data + index * header.cluster_size,
+                    header.cluster_size,
+                    "data cluster",
+                    times,
+                )
+        return True
+
+    def _subclusters(
+        self,
+        host_offset: int,
+        start: int,
+        length: int,
+        words: "array[int]",
+        bitmaps: "array[int]",
+        times: int,
+    ) -> None:
+        for index in range(start, start + length):
+            bitmap = bitmaps[index]
+            if not bitmap:
+                continue
+            at = host_offset + index * 16 + 8
+            if words[index] & COMPRESSED:
+                self.result.corruption(
+                    f"L2 entry at {at:#x}: a compressed cluster has subclusters", times
+                )
+            elif bitmap >> 32 & bitmap & 0xFFFF_FFFF:
+                self.result.corruption(
+                    f"L2 entry at {at:#x}: a subcluster is allocated and zero at once",
+                    times,
+                )
+
+    def _encryption_header(self) -> None:
+        luks = self.header.extension(EXTENSION_LUKS)
+        if luks is not None:
+            host_offset, length = parse_luks_extension(luks, self.header.cluster_bits)
+            self.use(host_offset, length, "encryption header")
+
+    def _bitmaps(self) -> None:
+        header = self.header
+        data = header.extension(EXTENSION_BITMAPS)
+        if data is None or not header.autoclear_features & AUTOCLEAR_BITMAPS:
+            return
+        try:
+            extension = parse_bitmaps_extension(data, header.cluster_bits)
+            size, offset = extension.directory_size, extension.directory_offset
+            if not self.use(offset, size, "bitmap directory"):
+                return
+            bitmaps = parse_bitmap_directory(
+                self.file.read(offset, size), extension.nb_bitmaps
+            )
+        except ImageCorruptError as error:
+            self.result.corruption(str(error))
+            return
+        for bitmap in bitmaps:
+            self._bitmap_table(bitmap.table_offset, bitmap.table_entries)
+
+    def _bitmap_table(self, host_offset: int, entries: int) -> None:
+        if host_offset % self.header.cluster_size:
+            self.result.corruption(
+                f"the bitmap table at {host_offset:#x} is not aligned to a cluster"
+            )
+            return
+        if not self.use(host_offset, entries * 8, "bitmap table"):
+            return
+        for index, word in enumerate(self.file.words(host_offset, entries)):
+            data = word & BITMAP_TABLE_OFFSET_MASK
+            if (
+                word & BITMAP_TABLE_RESERVED_MASK
+                or (data and word & 1)
+                or data % self.header.cluster_size
+            ):
+                self.result.corruption(
+                    f"bitmap table entry {index} at {host_offset + index * 8:#x} is"
+                    f" {word:#018x}"
+                )
+            elif data:
+                self.use(data, self.header.cluster_size, "bitmap cluster")
+
+    def _refcount_structures(self) -> None:
+        header = self.header
+        entries = header.refcount_table_entries
+        self.use(header.refcount_table_offset, entries * 8, "refcount table")
+        self.refcount_table = self.file.words(header.refcount_table_offset, entries)
+        file_clusters = -(-self.file.size // header.cluster_size)
+        blocks: list[tuple[int, int]] = []
+        for index, word in enumerate(self.refcount_table):
+            if not word:
+                continue
+            at = header.refcount_table_offset + index * 8
+            if word & REFCOUNT_TABLE_RESERVED_MASK:
+                self.result.corruption(
+                    f"refcount table entry {index} at {at:#x} is {word:#018x}:"
+                    " reserved bits are set"
+                )
+            block = word & ~REFCOUNT_TABLE_RESERVED_MASK
+            cluster = block >> header.cluster_bits
+            problem = None
+            if block % header.cluster_size:
+                problem = "is not aligned to a cluster"
+                self.unreadable_blocks.add(index)
+            elif cluster >= file_clusters:
+                problem = "lies past the end of the file"
+            if problem:
+                self.rebuild_needed = True
+                self.result.corruption(
+                    f"refcount table entry {index} at {at:#x}: the block {block:#x}"
+                    f" {problem}"
+                )
+                continue
+            self.used.add(cluster, 1)
+            blocks.append((index, cluster))
+        for index, cluster in blocks:
+            self._refcount_block(index, cluster)
+
+    def _refcount_block(self, index: int, cluster: int) -> None:
+        header = self.header
+        if self.used[cluster] != 1:
+            self.rebuild_needed = True
+            self.result.corruption(
+                f"refcount block {index} at {cluster << header.cluster_bits:#x} is used"
+                f" {self.used[cluster]} times"
+            )
+        block = self.file.read(cluster << header.cluster_bits, header.cluster_size)
+        if block.count(0) == len(block):
+            return
+        counts, many = decode_block(block, header.refcount_order)
+        self.stored.load(index * header.refcount_block_entries, counts, many)
+
+
+def require_countable(header: Header, file_size: int) -> None:
+    """Refuse a file so long that its cluster numbers make no sense.
+
+    Raises:
+        ImageError: Clusters must lie below 2^56 bytes.
+    """
+    if file_size > 1 << 56:
+        raise ImageError(
+            f"the file has {file_size} bytes: clusters of {header.cluster_size} bytes"
+            " must lie below 2^56"
+        )
