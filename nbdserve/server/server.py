@@ -1,0 +1,294 @@
+"""The server: listeners, the clients that they bring, and an orderly end."""
+
+import asyncio
+import contextlib
+import errno
+import socket
+from collections.abc import Iterable
+from typing import Any, Final
+
+import structlog
+
+from nbdserve.errors import ImageError, ProtocolError
+from nbdserve.exports.registry import Registry
+from nbdserve.server.budget import Budget
+from nbdserve.server.buffers import BufferPool
+from nbdserve.server.connection import Connection, Shared
+from nbdserve.server.limits import Limits
+from nbdserve.server.listeners import Endpoint, Listener
+from nbdserve.server.negotiation import Chosen, negotiate
+from nbdserve.server.notify import (
+    feed_watchdog,
+    notify_ready,
+    notify_stopping,
+    watchdog_interval_s,
+)
+from nbdserve.server.outbox import Arena
+from nbdserve.wire.handshake import ServerHandshake
+
+#: Clients accepted in one go; the loop comes back for more.
+_ACCEPTED_PER_TURN: Final = 16
+#: How long to wait when there are no file descriptors left.
+_ACCEPT_PAUSE_S: Final = 0.2
+#: Of Unix sockets: a full batch of replies (Linux counts about twice the data, and
+#: net.core.wmem_max, 208 KiB by default, is the most it allows). TCP finds its own.
+_UNIX_BUFFER: Final = 1 << 20
+#: A peer that is gone without a word is noticed after 60 + 6 * 10 s.
+_KEEPALIVE: Final = (
+    (socket.TCP_KEEPIDLE, 60),
+    (socket.TCP_KEEPINTVL, 10),
+    (socket.TCP_KEEPCNT, 6),
+)
+_OUT_OF_RESOURCES: Final = frozenset(
+    {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
+)
+
+
+class Server:
+    """Serves the exports of a registry on some listeners, in one loop.
+
+        server = Server(registry, listeners)
+        server.start()
+        await server.serve_until(stop)
+
+    Attributes:
+        registry: The exports. `serve_until` closes their devices in the end.
+        listeners: Where clients come from.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        listeners: Iterable[Listener],
+        limits: Limits | None = None,
+    ) -> None:
+        self.registry = registry
+        self.listeners = list(listeners)
+        self._limits = limits or Limits()
+        self._log = structlog.get_logger()
+        self._pool = BufferPool(self._limits.idle_buffer_bytes)
+        self._clients: set[asyncio.Task[None]] = set()
+        self._handshakes: dict[ServerHandshake, asyncio.Task[None]] = {}
+        self._connections: set[Connection] = set()
+        self._stopping = False
+
+    @property
+    def endpoints(self) -> list[Endpoint]:
+        """Where clients find the server."""
+        return [listener.endpoint for listener in self.listeners]
+
+    @property
+    def connections(self) -> int:
+        """How many clients are connected."""
+        return len(self._clients)
+
+    def start(self) -> None:
+        """Begin to accept clients; call it in the running loop."""
+        self._loop = asyncio.get_running_loop()
+        self._shared = Shared(
+            self._limits,
+            incoming=Arena(self._pool),
+            outgoing=Arena(self._pool),
+            budget=Budget(self._limits.total_bytes_in_flight),
+        )
+        for listener in self.listeners:
+            self._accept_from(listener)
+
+    async def serve_until(self, stop: asyncio.Event) -> None:
+        """Serve, tell systemd about it, and shut down once `stop` is set."""
+        watchdog = None
+        interval_s = watchdog_interval_s()
+        if interval_s is not None:
+            watchdog = asyncio.create_task(feed_watchdog(interval_s))
+        try:
+            notify_ready(f"Serving {len(self.registry)} export(s)")
+            await stop.wait()
+            notify_stopping()
+            await self.shut_down()
+        finally:
+            if watchdog is not None:
+                watchdog.cancel()
+
+    # Clients come
+
+    def _accept_from(self, listener: Listener) -> None:
+        if not self._stopping:
+            self._loop.add_reader(listener.sock.fileno(), self._on_client, listener)
+
+    def _on_client(self, listener: Listener) -> None:
+        """Accept who has connected."""
+        for _ in range(_ACCEPTED_PER_TURN):
+            try:
+                sock, address = listener.sock.accept()
+            except (BlockingIOError, InterruptedError, ConnectionAbortedError):
+                return
+            except OSError as error:
+                if error.errno not in _OUT_OF_RESOURCES:
+                    raise
+                self._log.warning("cannot accept a client", error=error.strerror)
+                self._loop.remove_reader(listener.sock.fileno())
+                self._loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listener)
+                return
+            if len(self._clients) >= self._limits.connections:
+                self._log.warning(
+                    "too many clients, one is refused", limit=self._limits.connections
+                )
+                sock.close()
+                continue
+            handshake = ServerHandshake()
+            client = self._loop.create_task(
+                self._serve_client(sock, address, handshake)
+            )
+            self._handshakes[handshake] = client
+            self._clients.add(client)
+            client.add_done_callback(self._clients.discard)
+
+    async def _serve_client(
+        self, sock: socket.socket, address: Any, handshake: ServerHandshake
+    ) -> None:
+        """See a client through from its handshake to its end."""
+        log = self._log.bind(peer=_peer_name(sock, address))
+        with sock:
+            try:
+                _tune(sock)
+                async with asyncio.timeout(self._limits.handshake_timeout_s):
+                    outcome = await negotiate(
+                        self._loop, sock, handshake, self.registry
+                    )
+            except TimeoutError:
+                log.info("handshake took too long")
+                return
+            except ProtocolError as error:
+                log.info("handshake failed", reason=str(error))
+                return
+            except OSError as error:
+                # port scans, nbd-client's probes: nothing is wrong with us
+                log.debug("handshake abandoned", reason=error.strerror)
+                return
+            finally:
+                del self._handshakes[handshake]
+            if isinstance(outcome, Chosen):
+                await self._transmit(sock, outcome, log)
+            else:
+                log.debug("handshake ended", reason=outcome)
+
+    async def _transmit(
+        self,
+        sock: socket.socket,
+        chosen: Chosen,
+        log: structlog.typing.FilteringBoundLogger,
+    ) -> None:
+        """Serve a client that has chosen its export, and tell its story."""
+        started_s = self._loop.time()
+        connection = Connection(
+            self._loop, sock, chosen.export, chosen.negotiated, self._shared
+        )
+        log = log.bind(export=chosen.export.name)
+        log.info("connection opened")
+        self._connections.add(connection)
+        try:
+            connection.start(chosen.leftover)
+            if self._stopping:
+                connection.shut_down()
+            reason = await connection.closed
+        finally:
+            self._connections.discard(connection)
+        counters = connection.session.counters
+        tell = log.info if connection.blame is None else log.warning
+        tell(
+            "connection closed",
+            requests=counters.requests,
+            errors=counters.errors,
+            bytes_read=counters.bytes_read,
+            bytes_written=counters.bytes_written,
+            duration_s=round(self._loop.time() - started_s, 3),
+            reason=reason,
+        )
+
+    # The end
+
+    async def shut_down(self) -> None:
+        """Stop in phases, each with a deadline.
+
+        1. No new clients; options get NBD_REP_ERR_SHUTDOWN.
+        2. Requests in flight are answered, later ones get NBD_ESHUTDOWN, and clients
+           are let go.
+        3. Every device is flushed and closed.
+
+        Raises:
+            OSError: An image could not be made durable.
+            ImageError: The same, found by its engine.
+        """
+        if self._stopping:
+            return
+        self._stopping = True
+        for listener in self.listeners:
+            self._loop.remove_reader(listener.sock.fileno())
+            listener.close()
+        for handshake in self._handshakes:
+            handshake.shut_down()
+        for connection in list(self._connections):
+            connection.shut_down()
+        await self._let_clients_go()
+        self._shared.incoming.close()
+        self._shared.outgoing.close()
+        await self._close_devices()
+
+    async def _let_clients_go(self) -> None:
+        """Wait for clients, first politely."""
+        limits = self._limits
+        if self._connections:
+            closed = [connection.closed for connection in self._connections]
+            await asyncio.wait(closed, timeout=limits.drain_timeout_s)
+        for connection in list(self._connections):
+            self._log.warning(
+                "gave up on requests in flight", requests=connection.session.in_flight
+            )
+            connection.abort()
+        if self._handshakes:
+            # a client in the middle of an option may still read why it is refused
+            await asyncio.wait(self._handshakes.values(), timeout=limits.linger_s)
+        for client in list(self._handshakes.values()):
+            client.cancel()
+        await asyncio.gather(*self._clients, return_exceptions=True)
+
+    async def _close_devices(self) -> None:
+        """Close every device, also after one has failed."""
+        failures: list[BaseException] = []
+        for export in self.registry:
+            try:
+                async with asyncio.timeout(self._limits.close_timeout_s):
+                    await export.device.close()
+            except (OSError, ImageError) as error:
+                self._log.error(
+                    "could not close an image cleanly",
+                    export=export.name,
+                    error=str(error) or type(error).__name__,
+                )
+                failures.append(error)
+        if failures:
+            raise failures[0]
+
+
+def _tune(sock: socket.socket) -> None:
+    """Set what makes small requests quick, and lost peers noticed."""
+    sock.setblocking(False)
+    if sock.family == socket.AF_UNIX:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
+        return
+    sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    for option, value in _KEEPALIVE:
+        sock.setsockopt(socket.IPPROTO_TCP, option, value)
+
+
+def _peer_name(sock: socket.socket, address: Any) -> str:
+    """Return who a client is, for logs."""
+    if sock.family == socket.AF_INET6:
+        return f"[{address[0]}]:{address[1]}"
+    if sock.family == socket.AF_INET:
+        return f"{address[0]}:{address[1]}"
+    with contextlib.suppress(OSError):
+        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+        return f"unix:pid={int.from_bytes(credentials[:4], 'little')}"
+    return "unix"
