@@ -120,9 +120,7 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal says stop."""
-    from nbdserve import app
     from nbdserve.config.model import ServeConfig
-    from nbdserve.observe.logs import configure
 
     config = ServeConfig(
         images=tuple(arguments.images),
@@ -136,8 +134,12 @@ def run(arguments: argparse.Namespace) -> int:
         description=arguments.description,
         state_dir=arguments.state_dir,
     )
+    from nbdserve import app
+    from nbdserve.cli.announce import announcement
+    from nbdserve.observe.logs import configure
+
     configure(arguments.log_format, arguments.log_level)
-    app.serve(config, announce=_announce)
+    app.serve(config, lambda serving: print(announcement(serving), flush=True))
     return 0
 
 

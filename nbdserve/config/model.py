@@ -4,6 +4,7 @@ The command line fills these in; later a configuration file will too. Whatever
 can be judged without touching the machine is judged here, once.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -53,7 +54,7 @@ class TcpAddress:
             ConfigError: It is none of these.
         """
         host, colon, port = text.rpartition(":")
-        if not colon and text.isdigit():
+        if re.fullmatch("[0-9]+", text):
             raise ConfigError(f"{text!r} is not HOST:PORT: did you mean :{text}?")
         if not colon or text.endswith("]"):
             host, port = text, str(DEFAULT_PORT)
@@ -64,7 +65,7 @@ class TcpAddress:
                 f"{text!r} is not HOST:PORT: write an IPv6 address in brackets,"
                 f" such as [::1]:{DEFAULT_PORT}"
             )
-        if not (port.isascii() and port.isdigit() and int(port) <= 0xFFFF):
+        if not re.fullmatch("[0-9]{1,5}", port) or int(port) > 0xFFFF:
             raise ConfigError(
                 f"{text!r} is not HOST:PORT: the port is a number from 0 to 65535"
             )

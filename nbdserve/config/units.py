@@ -5,7 +5,8 @@ import re
 from nbdserve.errors import ConfigError
 
 _SUFFIXES = "KMGT"
-_SIZE = re.compile(r"(\d+)(?:\.(\d+))?([KMGT]?)", re.IGNORECASE | re.ASCII)
+#: 2^63 has 19 digits; Python itself refuses to read numbers of thousands.
+_SIZE = re.compile(r"(\d{1,20})(?:\.(\d{1,20}))?([KMGT]?)", re.IGNORECASE | re.ASCII)
 
 #: The wire and the formats carry sizes in signed 64 bits somewhere (off_t).
 MAX_SIZE = 2**63 - 1

@@ -1,0 +1,27 @@
+# syntax=docker/dockerfile:1
+# Builds the wheels in one stage and installs them, without compilers or pip's
+# cache, in another. Serve a folder of images that user 10809 may write:
+#   docker run -p 10809:10809 -v /srv/disks:/disks nbdserve serve /disks/vm.qcow2 \
+#       --listen 0.0.0.0:10809
+FROM python:3.13-slim AS build
+WORKDIR /src
+COPY pyproject.toml README.md LICENSE ./
+COPY nbdserve nbdserve
+RUN python -m venv /opt/nbdserve \
+    && /opt/nbdserve/bin/pip install --no-cache-dir . \
+    && /opt/nbdserve/bin/pip uninstall --yes pip
+
+FROM python:3.13-slim
+COPY --from=build /opt/nbdserve /opt/nbdserve
+RUN groupadd --gid 10809 nbdserve \
+    && useradd --uid 10809 --gid nbdserve --no-create-home --home-dir /nonexistent \
+        --shell /usr/sbin/nologin nbdserve \
+    && install --directory --owner=nbdserve --group=nbdserve /disks
+ENV PATH=/opt/nbdserve/bin:$PATH
+USER 10809:10809
+WORKDIR /disks
+VOLUME /disks
+EXPOSE 10809
+STOPSIGNAL SIGTERM
+ENTRYPOINT ["nbdserve"]
+CMD ["--help"]

@@ -1,0 +1,225 @@
+"""`nbdserve list`: what a server, ours or another, exports."""
+
+import argparse
+import json
+import socket
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any, Self
+
+from nbdserve.cli.parser import judged
+from nbdserve.config.units import format_size
+from nbdserve.errors import ConfigError, ProtocolError
+from nbdserve.storage.names import shown
+from nbdserve.wire.client_handshake import (
+    ClientHandshake,
+    ExportDetails,
+    OptionRefused,
+    Outcome,
+    contexts_data,
+    info_data,
+)
+from nbdserve.wire.constants import Info, Option, TransmissionFlag
+from nbdserve.wire.uri import NbdUri, parse_uri
+
+TAKES = "URI"
+
+DESCRIPTION = """\
+Show the exports of an NBD server: sizes, descriptions, abilities, meta contexts.
+With a name in the URI, show that export only."""
+
+EXAMPLES = """\
+examples:
+  nbdserve list nbd://127.0.0.1
+  nbdserve list nbd://storage.example:10809/disk --json
+  nbdserve list 'nbd+unix:///?socket=/run/nbdserve.sock'"""
+
+#: An answer to an option takes a server no disk access worth mentioning.
+TIMEOUT_S = 15.0
+
+#: nbdinfo's words for what an export can do.
+_ABILITIES = {
+    "can_cache": TransmissionFlag.SEND_CACHE,
+    "can_df": TransmissionFlag.SEND_DF,
+    "can_fast_zero": TransmissionFlag.SEND_FAST_ZERO,
+    "can_flush": TransmissionFlag.SEND_FLUSH,
+    "can_fua": TransmissionFlag.SEND_FUA,
+    "can_multi_conn": TransmissionFlag.CAN_MULTI_CONN,
+    "can_trim": TransmissionFlag.SEND_TRIM,
+    "can_zero": TransmissionFlag.SEND_WRITE_ZEROES,
+}
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument(
+        "uri",
+        metavar="URI",
+        type=judged(_uri),
+        help="nbd://HOST[:PORT][/NAME] or nbd+unix:///[NAME]?socket=PATH",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="for programs, with nbdinfo's field names"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Ask the server, and print what it says."""
+    uri: NbdUri = arguments.uri
+    try:
+        with _Connection(uri) as connection:
+            exports = connection.exports(uri.export_name or None)
+    except (ProtocolError, OptionRefused) as error:
+        raise ConfigError(f"{uri}: {error}") from error
+    except TimeoutError:
+        raise ConfigError(
+            f"{_server(uri)}: no answer within {TIMEOUT_S:.0f} seconds"
+        ) from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"{_server(uri)}: {reason}") from None
+    if arguments.json:
+        print(json.dumps({"exports": [_as_json(uri, export) for export in exports]}))
+    elif exports:
+        print("\n\n".join(_as_text(uri, export) for export in exports))
+    else:
+        print(f"{_server(uri)} exports nothing")
+    return 0
+
+
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """What one server told about one export."""
+
+    name: str
+    description: str
+    details: ExportDetails
+    contexts: tuple[str, ...]
+
+
+class _Connection:
+    """A blocking connection that never leaves the handshake."""
+
+    def __init__(self, uri: NbdUri) -> None:
+        if uri.socket_path is not None:
+            self._socket = socket.socket(socket.AF_UNIX)
+            self._socket.settimeout(TIMEOUT_S)
+            try:
+                self._socket.connect(uri.socket_path)
+            except BaseException:
+                self._socket.close()
+                raise
+        else:
+            address = (uri.host or "localhost", uri.port)
+            self._socket = socket.create_connection(address, TIMEOUT_S)
+        self._handshake = ClientHandshake()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._socket.close()
+
+    def exports(self, name: str | None) -> list[_Export]:
+        """Return the export of that name, or all that the server lists."""
+        # base:allocation exists only once structured replies do
+        self._ask_if_known(Option.STRUCTURED_REPLY)
+        listed = self._ask(Option.LIST).exports if name is None else [(name, "")]
+        exports = [self._describe(*entry) for entry in listed]
+        # nbd-server 3.24 resets the connection instead of an answer
+        with suppress(OSError, ProtocolError, OptionRefused):
+            self._ask(Option.ABORT)
+        return exports
+
+    def _describe(self, name: str, description: str) -> _Export:
+        wanted = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
+        details = self._ask(Option.INFO, info_data(name, wanted)).details
+        if details is None:
+            raise ProtocolError("NBD_OPT_INFO: no NBD_INFO_EXPORT")
+        contexts = self._ask_if_known(Option.LIST_META_CONTEXT, contexts_data(name, ()))
+        names = tuple(context.name for context in contexts.contexts)
+        return _Export(name, details.description or description, details, names)
+
+    def _ask_if_known(self, option: int, data: bytes = b"") -> Outcome:
+        """Ask what a server may well refuse, and take that as an empty answer."""
+        try:
+            return self._ask(option, data)
+        except OptionRefused:
+            return Outcome(option)
+
+    def _ask(self, option: int, data: bytes = b"") -> Outcome:
+        self._handshake.ask(option, data)
+        while True:
+            # the client's flags go first, and depend on the greeting
+            if self._handshake.greeted:
+                self._socket.sendall(self._handshake.data_to_send())
+            outcome = self._handshake.outcome()
+            if outcome is not None:
+                return outcome
+            received = self._socket.recv(65536)
+            if not received:
+                raise ProtocolError("the server closed the connection")
+            self._handshake.feed(received)
+
+
+def _uri(text: str) -> NbdUri:
+    uri = parse_uri(text)
+    if uri.tls:
+        raise ConfigError(f"{text}: TLS is not supported: use nbd:// or nbd+unix://")
+    return uri
+
+
+def _server(uri: NbdUri) -> str:
+    """Return the server as a message names it."""
+    return str(replace(uri, export_name=""))
+
+
+def _as_json(uri: NbdUri, export: _Export) -> dict[str, Any]:
+    flags = export.details.transmission_flags
+    fields: dict[str, Any] = {
+        "export-name": export.name,
+        "description": export.description,
+        "uri": str(replace(uri, export_name=export.name)),
+        "contexts": list(export.contexts),
+        "is_rotational": bool(flags & TransmissionFlag.ROTATIONAL),
+        "is_read_only": bool(flags & TransmissionFlag.READ_ONLY),
+    }
+    fields |= {name: bool(flags & flag) for name, flag in _ABILITIES.items()}
+    if export.details.minimum_block is not None:
+        fields |= {
+            "block_size_minimum": export.details.minimum_block,
+            "block_size_preferred": export.details.preferred_block,
+            "block_size_maximum": export.details.maximum_payload,
+        }
+    return fields | {"export-size": export.details.size}
+
+
+def _as_text(uri: NbdUri, export: _Export) -> str:
+    details = export.details
+    flags = details.transmission_flags
+    access = "read-only" if flags & TransmissionFlag.READ_ONLY else "read-write"
+    title = f'"{shown(export.name)}"'
+    if export.description:
+        title += f": {shown(export.description)}"
+    size = format_size(details.size)
+    exact = "" if size.endswith(("byte", "bytes")) else f" ({details.size} bytes)"
+    lines = [
+        title,
+        f"  {replace(uri, export_name=export.name)}",
+        f"  {size}{exact}, {access}",
+    ]
+    able = [
+        name.removeprefix("can_") for name, flag in _ABILITIES.items() if flags & flag
+    ]
+    if able:
+        lines.append(f"  can: {', '.join(able)}")
+    if details.minimum_block is not None:
+        lines.append(
+            f"  block sizes: minimum {details.minimum_block},"
+            f" preferred {details.preferred_block},"
+            f" maximum {details.maximum_payload}"
+        )
+    if export.contexts:
+        contexts = ", ".join(shown(name) for name in export.contexts)
+        lines.append(f"  meta contexts: {contexts}")
+    return "\n".join(lines)

@@ -1,0 +1,166 @@
+"""What a person or a script meets at the command line, whatever the command."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from nbdserve import __version__
+from nbdserve.cli.main import COMMANDS, main
+
+#: What start-up must not pay for: the engine, the loop, the logger.
+HEAVY = (
+    "asyncio",
+    "structlog",
+    "uvloop",
+    "ssl",
+    "backports",
+    "zlib",
+    "typing_extensions",
+)
+HEAVY_PACKAGES = ("formats", "block", "storage", "server", "exports", "wire", "app")
+
+
+def nbdserve(*words: str) -> subprocess.CompletedProcess[str]:
+    """Run the command as a person does."""
+    return subprocess.run(
+        [sys.executable, "-m", "nbdserve", *words],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+
+
+def modules_loaded_by(*words: str) -> set[str]:
+    """Return what a process has imported once it has run `words`."""
+    code = (
+        "import sys\n"
+        "from nbdserve.cli.main import main\n"
+        "try:\n"
+        "    main(sys.argv[1:])\n"
+        "except SystemExit:\n"
+        "    pass\n"
+        "print(*sys.modules, file=sys.stderr)\n"
+    )
+    result = subprocess.run(
+        [sys.executable, "-c", code, *words],
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    return set(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    "words", [["--help"], ["--version"], ["serve", "--help"], ["image", "--help"]]
+)
+def test_help_loads_neither_the_engine_nor_structlog(words: list[str]) -> None:
+    loaded = modules_loaded_by(*words)
+    heavy = {name for name in HEAVY if name in loaded}
+    heavy |= {name for name in HEAVY_PACKAGES if f"nbdserve.{name}" in loaded}
+    assert not heavy
+    assert "nbdserve.cli.main" in loaded
+
+
+def test_the_version_is_the_packages() -> None:
+    result = nbdserve("--version")
+    assert (result.returncode, result.stdout) == (0, f"nbdserve {__version__}\n")
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_each_command_has_help_with_examples(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*name.split(), "--help"])
+    text = capsys.readouterr().out
+    assert ended.value.code == 0
+    assert text.startswith(f"usage: nbdserve {name} ")
+    assert f"examples:\n  nbdserve {name} " in text
+
+
+WRONG_USAGE = [
+    (["serv"], "did you mean serve?"),
+    (["--verison"], "did you mean --version?"),
+    (["image", "chek", "x"], "did you mean image check?"),
+    (["frobnicate"], "unknown command 'frobnicate'"),
+    (["serve"], "required: [NAME=]IMAGE"),
+    (["serve", "x", "--lisen", "y"], "did you mean --listen?"),
+    (["serve", "x", "--read"], "unknown option --read"),
+    (["serve", "x", "--listen"], "--listen: expected one argument"),
+    (["serve", "x", "--format", "qcow3"], "'qcow3' is not one of auto, raw"),
+    (["serve", "x", "--format=vmdk"], "'vmdk' is not one of"),
+    (["serve", "x", "--create", "10X"], "--create: '10X' is not a size"),
+    (["serve", "x", "--listen", "localhost:nbd"], "--listen: 'localhost:nbd'"),
+    (["serve", "x", "--cache", "none"], "writeback, writethrough"),
+    (["serve", "x", "--log-level", "loud"], "--log-level"),
+    (["serve", "a/x", "b/x"], "two exports are named 'x'"),
+    (["serve", "x", "--create", "1M", "--read-only"], "exclude each other"),
+    (["serve", "x", "y", "--create", "1M"], "--create makes one image"),
+    (["serve", "x="], "names no image"),
+    (["list"], "required: URI"),
+    (["list", "http://x"], "begins with nbd://"),
+    (["list", "nbds://x"], "TLS is not supported"),
+    (["list", "nbd://x", "y"], "'y' is one argument too many"),
+    (["image", "create", "x"], "required: SIZE"),
+    (["image", "create", "x", "1M", "--backing", "y"], "--backing-format"),
+    (["image", "create", "x", "1M", "--backing-format", "raw"], "needs --backing"),
+    (["image", "create", "x", "1M", "--refcount-bits", "3"], "not one of 1, 2, 4"),
+    (["image", "info"], "required: PATH"),
+    (["image", "check"], "required: PATH"),
+    (["image", "check", "--jsno", "x"], "did you mean --json?"),
+    (["image", "map", "x", "--output"], "unknown option --output"),
+]
+
+
+@pytest.mark.parametrize(
+    ("words", "says"), WRONG_USAGE, ids=[" ".join(w) for w, _ in WRONG_USAGE]
+)
+def test_wrong_usage_is_one_line_that_helps_and_exit_code_1(
+    words: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert output.err.startswith("nbdserve: ")
+    assert output.err.count("\n") == 1
+    assert says in output.err
+
+
+@pytest.mark.parametrize("words", [[], ["image"]])
+def test_a_missing_command_shows_the_commands_and_fails(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 1
+    output = capsys.readouterr()
+    assert output.out == ""
+    assert "image check" in output.err
+
+
+def test_a_failing_process_says_so_in_its_exit_code(tmp_path: Path) -> None:
+    result = nbdserve("image", "info", str(tmp_path / "nothing.qcow2"))
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert "nothing.qcow2: No such file or directory" in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_a_reader_that_left_ends_the_command_quietly() -> None:
+    result = subprocess.run(
+        f"{sys.executable} -m nbdserve --help | true",
+        shell=True,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert result.stderr == ""
