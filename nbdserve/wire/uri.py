@@ -68,8 +68,8 @@ class NbdUri:
         user = f"{quote(self.user, safe='')}@" if self.user else ""
         # zone ids (RFC 6874) have a percent sign of their own
         bracketed = f"[{host.replace('%', '%25')}]" if ":" in host else host
-        port = "" if self.port == DEFAULT_PORT else f":{self.port}"
-        return f"{user}{bracketed}{port}"
+        # the default port too: people look for it, and paste it elsewhere
+        return f"{user}{bracketed}:{self.port}"
 
 
 def parse_uri(text: str) -> NbdUri:
