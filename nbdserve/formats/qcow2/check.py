@@ -58,12 +58,12 @@ def check_image(fd: int, filename: str) -> CheckResult:
     result = CheckResult(filename=filename, format="qcow2")
     walk = Walk(file, header, result)
     walk.run()
-    _compare(walk)
+    compare_refcounts(walk)
     _check_copied(walk)
     return result
 
 
-def _compare(walk: Walk) -> None:
+def compare_refcounts(walk: Walk) -> None:
     """Compare the refcounts on disk with the uses found."""
     header = walk.header
     clusters = max(
@@ -101,7 +101,7 @@ def _compare_cluster(walk: Walk, cluster: int) -> None:
     used, stored = walk.used[cluster], walk.stored[cluster]
     if used == stored:
         return
-    if cluster // header.refcount_block_entries in walk.unreadable_blocks:
+    if not walk.is_readable(cluster):
         walk.result.check_error(
             f"cluster {cluster}: its refcount can't be read, its block is misplaced"
         )
@@ -129,8 +129,9 @@ def _check_copied(walk: Walk) -> None:
         if not table:
             continue
         tables[table] += 1
-        refcount = walk.stored[table >> header.cluster_bits]
-        if (refcount == 1) != bool(word & COPIED):
+        cluster = table >> header.cluster_bits
+        refcount = walk.stored[cluster]
+        if walk.is_readable(cluster) and (refcount == 1) != bool(word & COPIED):
             walk.result.corruption(
                 f"OFLAG_COPIED L2 cluster: l1_index={index} l1_entry={word:#x}"
                 f" refcount={refcount}"
@@ -151,7 +152,7 @@ def _check_copied_in(walk: Walk, table: int, times: int) -> None:
             continue
         for position in range(length):
             refcount = walk.stored[cluster + position]
-            if (refcount == 1) != copied:
+            if walk.is_readable(cluster + position) and (refcount == 1) != copied:
                 word = first + position * header.cluster_size
                 at = table + (index + position) * header.l2_entry_size
                 walk.result.corruption(

@@ -98,6 +98,23 @@ class ClusterCounts:
                 return (number << SEGMENT_BITS) + len(used) - 1
         return -1
 
+    def used_ranges(self) -> Iterator[tuple[int, int]]:
+        """Yield (first cluster, length) of ranges that hold all counts but 0.
+
+        Ranges may hold zeros too, but neither begin nor end with one.
+        """
+        for number in self.segments():
+            segment = self._segments[number]
+            stripped = segment.strip(b"\0")
+            if stripped:
+                start = len(segment) - len(segment.lstrip(b"\0"))
+                yield (number << SEGMENT_BITS) + start, len(stripped)
+
+    def highest_count(self) -> int:
+        """Return the largest count, 0 if there is none."""
+        most = max((max(segment) for segment in self._segments.values()), default=0)
+        return max(self._many.values()) if most == _MANY else most
+
     def _writable(self, number: int) -> bytearray:
         segment = self._segments.get(number)
         if segment is None:
@@ -193,8 +210,9 @@ def encode_block(counts: list[int] | bytes, order: int) -> bytes:
             sum(count << at * bits for at, count in enumerate(counts[i : i + per_byte]))
             for i in range(0, len(counts), per_byte)
         )
-    words = array({3: "B", 4: "H", 5: "I", 6: "Q"}[order], counts)
-    if order == 3 or sys.byteorder == "big":
-        return words.tobytes()
-    words.byteswap()
-    return words.tobytes()
+    width = 1 << order - 3
+    if isinstance(counts, bytes):
+        block = bytearray(len(counts) * width)
+        block[width - 1 :: width] = counts
+        return bytes(block)
+    return b"".join(count.to_bytes(width, "big") for count in counts)

@@ -30,7 +30,12 @@ from nbdserve.formats.qcow2.extensions import (
     parse_bitmaps_extension,
     parse_luks_extension,
 )
-from nbdserve.formats.qcow2.header import AUTOCLEAR_BITMAPS, MAX_L1_BYTES, Header
+from nbdserve.formats.qcow2.header import (
+    AUTOCLEAR_BITMAPS,
+    MAX_L1_BYTES,
+    MAX_OFFSET,
+    Header,
+)
 from nbdserve.formats.qcow2.snapshot_table import (
     MAX_TABLE_BYTES,
     Snapshot,
@@ -178,6 +183,11 @@ class Walk:
         self.used.add(first, last - first + 1, times)
         return True
 
+    def is_readable(self, cluster: int) -> bool:
+        """Return whether a cluster's stored refcount could be read."""
+        block = cluster // self.header.refcount_block_entries
+        return block not in self.unreadable_blocks
+
     def _snapshot_table(self) -> None:
         header = self.header
         if not header.nb_snapshots:
@@ -252,10 +262,11 @@ class Walk:
             for index, word, count in entries:
                 at = host_offset + index * self.header.l2_entry_size
                 if word & COMPRESSED:
-                    self._compressed(at, word, use.total)
-                    compressed += 1
-                    fragmented += 1
-                    allocated += 1
+                    bitmap = bitmaps[index] if bitmaps is not None else 0
+                    if self._compressed(at, word, bitmap, use.total):
+                        compressed += 1
+                        fragmented += 1
+                        allocated += 1
                     continue
                 if not self._plain(at, word, count, use.total):
                     continue
@@ -276,22 +287,27 @@ class Walk:
             return words[0::2], words[1::2]
         return words, None
 
-    def _compressed(self, at: int, word: int, times: int) -> None:
+    def _compressed(self, at: int, word: int, bitmap: int, times: int) -> bool:
+        """Count a compressed cluster; return whether it can be one."""
         if word & COPIED:
             self.result.corruption(
                 f"L2 entry at {at:#x} is {word:#018x}: COPIED on a compressed cluster",
                 times,
             )
+        problem = None
         if self.header.external_data:
-            self.result.corruption(
-                f"L2 entry at {at:#x}: compressed in an image with external data", times
-            )
-            return
+            problem = "compressed in an image with external data"
+        elif bitmap:
+            problem = "a compressed cluster has subclusters"
+        if problem:
+            self.result.corruption(f"L2 entry at {at:#x}: {problem}", times)
+            return False
         offset_bits = 62 - (self.header.cluster_bits - 8)
         data = word & (1 << offset_bits) - 1
         sectors = ((word & COMPRESSED - 1) >> offset_bits) + 1
         length = sectors * 512 - (data & 511)
         self.use(data, length, "compressed cluster", times)
+        return True
 
     def _plain(self, at: int, word: int, count: int, times: int) -> bool:
         """Count a run of plain clusters; return whether it is a run of clusters."""
@@ -336,16 +352,10 @@ class Walk:
     ) -> None:
         for index in range(start, start + length):
             bitmap = bitmaps[index]
-            if not bitmap:
-                continue
-            at = host_offset + index * 16 + 8
-            if words[index] & COMPRESSED:
+            if not words[index] & COMPRESSED and bitmap >> 32 & bitmap & 0xFFFF_FFFF:
                 self.result.corruption(
-                    f"L2 entry at {at:#x}: a compressed cluster has subclusters", times
-                )
-            elif bitmap >> 32 & bitmap & 0xFFFF_FFFF:
-                self.result.corruption(
-                    f"L2 entry at {at:#x}: a subcluster is allocated and zero at once",
+                    f"L2 entry at {host_offset + index * 16:#x}: a subcluster is"
+                    " allocated and zero at once",
                     times,
                 )
 
@@ -420,6 +430,8 @@ class Walk:
                 self.unreadable_blocks.add(index)
             elif cluster >= file_clusters:
                 problem = "lies past the end of the file"
+                if block > MAX_OFFSET:
+                    self.unreadable_blocks.add(index)
             if problem:
                 self.rebuild_needed = True
                 self.result.corruption(
