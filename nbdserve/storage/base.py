@@ -103,6 +103,13 @@ class Storage(ABC):
             They cover the range, or less once there are `max_extents`.
         """
 
+    def hole_at(self, offset: int, length: int) -> int:
+        """Return how many bytes from `offset` on are known to be a hole, at most `length`.
+
+        Cheap enough to be asked before a large read: 0 also means "not known".
+        """
+        return 0
+
     async def prefetch(self, offset: int, length: int) -> None:  # noqa: B027 -- a hint
         """Hint that a range will be read soon."""
 

@@ -130,6 +130,13 @@ class MemoryStorage(Storage):
             result.append((end - position, False))
         return result[:max_extents]
 
+    def hole_at(self, offset: int, length: int) -> int:
+        """Count the pages that do not exist."""
+        position = offset
+        while position < offset + length and position // PAGE not in self._pages:
+            position = (position // PAGE + 1) * PAGE
+        return min(position - offset, length)
+
     async def close(self) -> None:
         """Refuse further calls; `content` still tells what was there."""
         self._closed = True

@@ -1,0 +1,326 @@
+"""An image and its backing files, opened from the top down and built from the bottom up.
+
+The name of a backing file comes from the image, so whoever made the image chose it.
+It is followed only to a regular file or block device in the image's own folder or in
+one that the operator allowed, after all symbolic links are resolved.
+"""
+
+import errno
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.errors import (
+    BackingFileError,
+    ConfigError,
+    ImageError,
+    ImageFormatError,
+)
+from nbdserve.formats.probe import choose, probe
+from nbdserve.storage.base import Storage
+from nbdserve.storage.executor import run
+from nbdserve.storage.file import FileStorage
+from nbdserve.storage.names import shown
+
+#: Backing files below an image. Longer chains are not useful, and each link costs
+#: a file descriptor and time on every read of unallocated space.
+MAX_DEPTH = 64
+
+#: qemu takes a name for "protocol:rest" if a colon precedes any slash.
+_PROTOCOL = re.compile(rb"[^/:]*:")
+
+
+@dataclass(frozen=True, slots=True)
+class BackingReference:
+    """What an image records about its backing file.
+
+    Attributes:
+        name: The bytes of the name, never empty.
+        format: The recorded format, None if there is none.
+    """
+
+    name: bytes
+    format: str | None
+
+
+class Driver(Protocol):
+    """How to open images of one format."""
+
+    async def backing(self, storage: Storage) -> BackingReference | None:
+        """Read what the image says about its backing file.
+
+        Raises:
+            ImageError: The header is broken.
+        """
+
+    async def open(
+        self,
+        storage: Storage,
+        *,
+        read_only: bool,
+        backing: BlockDevice | None,
+        writethrough: bool,
+    ) -> BlockDevice:
+        """Open the image; on success the device owns `storage` and `backing`.
+
+        Raises:
+            ImageError: It can't be opened; `storage` and `backing` are left open.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ChainOptions:
+    """How to open a chain.
+
+    Attributes:
+        format: "auto" or the format of the top image.
+        read_only: Whether the top image is opened read-only; all others always are.
+        allow_backing: Folders in which backing files may lie, besides the image's own.
+        writethrough: Whether each change of the top image is durable on return.
+        lock: Whether to take locks that exclude other writers.
+    """
+
+    format: str = "auto"
+    read_only: bool = False
+    allow_backing: Sequence[str | os.PathLike[str]] = ()
+    writethrough: bool = False
+    lock: bool = True
+
+
+@dataclass(slots=True)
+class _Link:
+    """One image of a chain: an open file and how to understand it."""
+
+    storage: FileStorage
+    format: str
+
+
+async def open_chain(
+    path: str | os.PathLike[str], options: ChainOptions, drivers: Mapping[str, Driver]
+) -> BlockDevice:
+    """Open the image at `path` with all its backing files.
+
+    Args:
+        path: A regular file or block device.
+        options: How.
+        drivers: By name of the format.
+
+    Raises:
+        ConfigError: `path` can't be opened.
+        ImageError: An image of the chain can't be used.
+    """
+    links: list[_Link] = []
+    try:
+        try:
+            await _open_files(links, path, options, drivers)
+        except BaseException:
+            await _close_all(links)
+            raise
+        return await _open_devices(links, options, drivers)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+async def backing_chain(
+    path: str | os.PathLike[str], options: ChainOptions, drivers: Mapping[str, Driver]
+) -> list[tuple[str, str]]:
+    """Return (name, format) of the image at `path` and of all its backing files.
+
+    Raises:
+        ConfigError: `path` can't be opened.
+        ImageError: An image of the chain can't be used.
+    """
+    links: list[_Link] = []
+    try:
+        await _open_files(links, path, options, drivers)
+        return [(link.storage.name, link.format) for link in links]
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        await _close_all(links)
+
+
+async def _open_files(
+    links: list[_Link],
+    path: str | os.PathLike[str],
+    options: ChainOptions,
+    drivers: Mapping[str, Driver],
+) -> None:
+    """Open every file of the chain and append it to `links`, the top image first."""
+    storage = await run(_open_file, path, options.read_only, options.lock)
+    link = _Link(storage, "raw")
+    links.append(link)
+    link.format = await choose(storage, options.format, read_only=options.read_only)
+    roots = _roots(path, options.allow_backing)
+    seen = {storage.identity}
+    while reference := await _reference(link, drivers):
+        target = await run(_resolve, link.storage, reference.name, roots)
+        # Before opening: a lock of our own would be taken for another process's.
+        if await run(_identity, target) in seen:
+            raise BackingFileError(
+                f"{links[0].storage.name}: its chain of backing files comes back to"
+                f" {shown(target)}"
+            )
+        if len(links) > MAX_DEPTH:
+            raise BackingFileError(
+                f"{links[0].storage.name}: has more than {MAX_DEPTH} backing files"
+            )
+        storage = await _open_backing(link.storage, target, lock=options.lock)
+        link = _Link(storage, "raw")
+        links.append(link)
+        seen.add(storage.identity)
+        link.format = await _backing_format(links, reference, drivers)
+
+
+def _open_file(
+    path: str | os.PathLike[str], read_only: bool, lock: bool
+) -> FileStorage:
+    return FileStorage(path, read_only=read_only, lock=lock)
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+async def _reference(
+    link: _Link, drivers: Mapping[str, Driver]
+) -> BackingReference | None:
+    try:
+        return await _driver(link, drivers).backing(link.storage)
+    except ImageError as error:
+        raise _named(link.storage, error) from error
+
+
+def _driver(link: _Link, drivers: Mapping[str, Driver]) -> Driver:
+    driver = drivers.get(link.format)
+    if driver is None:
+        raise ImageFormatError(
+            f"{link.storage.name}: there is no driver for the format {link.format}"
+        )
+    return driver
+
+
+async def _open_backing(parent: FileStorage, target: str, *, lock: bool) -> FileStorage:
+    try:
+        return await run(_open_file, target, True, lock)
+    except ConfigError as error:
+        raise BackingFileError(
+            f"{parent.name}: its backing file can't be opened: {error}"
+        ) from error
+
+
+async def _backing_format(
+    links: list[_Link], reference: BackingReference, drivers: Mapping[str, Driver]
+) -> str:
+    storage = links[-1].storage
+    if reference.format is None:
+        return await probe(storage)
+    if reference.format not in drivers:
+        raise BackingFileError(
+            f"{links[-2].storage.name}: records the format"
+            f" {shown(reference.format)!r} for its backing file {storage.name}; only"
+            f" {', '.join(drivers)} are supported"
+        )
+    return reference.format
+
+
+def _roots(
+    path: str | os.PathLike[str], allowed: Sequence[str | os.PathLike[str]]
+) -> list[bytes]:
+    """Return the real folders in which backing files may lie."""
+    own = os.path.dirname(os.path.realpath(os.fsencode(path)))
+    return [own, *(os.path.realpath(os.fsencode(folder)) for folder in allowed)]
+
+
+def _resolve(parent: FileStorage, name: bytes, roots: Sequence[bytes]) -> str:
+    """Return the real path that an image's backing name stands for.
+
+    A relative name starts at the folder of the image's name as it was given, as in
+    qemu: anything else might find another file than the one that qemu wrote.
+
+    Raises:
+        BackingFileError: It names no file, or one that is not allowed.
+    """
+    if b"\0" in name:
+        raise BackingFileError(
+            f"{parent.name}: the name of its backing file has a NUL byte: {shown(name)}"
+        )
+    if _PROTOCOL.match(name):
+        raise BackingFileError(
+            f"{parent.name}: its backing file {shown(name)} is not a plain file name;"
+            " json: and protocol: names are not followed"
+        )
+    full = os.path.join(os.path.dirname(os.fsencode(parent.path)), name)
+    try:
+        real = os.path.realpath(full, strict=True)
+    except OSError as error:
+        reason = (
+            "its symbolic links form a loop"
+            if error.errno == errno.ELOOP
+            else os.strerror(error.errno or errno.ENOENT)
+        )
+        raise BackingFileError(
+            f"{parent.name}: its backing file {shown(full)} can't be opened: {reason}"
+        ) from error
+    if not any(_lies_in(real, root) for root in roots):
+        folder = shown(os.path.dirname(real))
+        raise BackingFileError(
+            f"{parent.name}: its backing file {shown(real)} lies outside the image's"
+            f" folder; add --allow-backing {folder} to allow it"
+        )
+    return os.fsdecode(real)
+
+
+def _lies_in(path: bytes, folder: bytes) -> bool:
+    return path.startswith(folder.rstrip(b"/") + b"/")
+
+
+async def _open_devices(
+    links: list[_Link], options: ChainOptions, drivers: Mapping[str, Driver]
+) -> BlockDevice:
+    """Build the devices from the deepest backing file up; on failure close all."""
+    device: BlockDevice | None = None
+    remaining = list(links)
+    try:
+        while True:
+            link = remaining[-1]
+            top = len(remaining) == 1
+            try:
+                opened = await _driver(link, drivers).open(
+                    link.storage,
+                    read_only=options.read_only or not top,
+                    backing=device,
+                    writethrough=options.writethrough and top,
+                )
+            except ImageError as error:
+                raise _named(link.storage, error) from error
+            remaining.pop()
+            device = opened
+            if top:
+                return opened
+    except BaseException:
+        await _close_all(remaining)
+        if device is not None:
+            await device.close()
+        raise
+
+
+async def _close_all(links: list[_Link]) -> None:
+    for link in links:
+        await link.storage.close()
+
+
+def _unreadable(path: str | os.PathLike[str], error: OSError) -> ImageError:
+    reason = os.strerror(error.errno) if error.errno else str(error)
+    return ImageError(f"{shown(path)}: can't be opened: {reason}")
+
+
+def _named(storage: FileStorage, error: ImageError) -> ImageError:
+    """Put the image's name in front of a message that lacks it, such as a parser's."""
+    if storage.name in str(error):
+        return error
+    return type(error)(f"{storage.name}: {error}")

@@ -1,0 +1,68 @@
+"""Which format a file has, by its first eight bytes.
+
+A guest can write anything into a raw disk, a qcow2 header with a backing file
+/etc/shadow included. So only qcow and qcow2 are told from content, and content that
+is neither is taken for raw for writing only if the operator says so.
+"""
+
+from nbdserve.errors import ImageFormatError
+from nbdserve.storage.base import Storage
+
+MAGIC = b"QFI\xfb"
+
+_FORMATS = {1: "qcow", 2: "qcow2", 3: "qcow2"}
+
+#: The formats that exist, under the names of qemu.
+FORMATS = ("raw", "qcow", "qcow2")
+
+
+async def probe(storage: Storage) -> str:
+    """Return "qcow", "qcow2", or "raw" for anything without their magic.
+
+    Raises:
+        ImageFormatError: The magic is there, with a version that nobody knows.
+        OSError: The file can't be read.
+    """
+    start = memoryview(bytearray(8))
+    if not storage.try_read(0, start):
+        await storage.read(0, start)
+    if start[:4] != MAGIC:
+        return "raw"
+    version = int.from_bytes(start[4:], "big")
+    if version not in _FORMATS:
+        raise ImageFormatError(
+            f"{storage.name}: is a qcow image of version {version}; known are 1, 2 and 3"
+        )
+    return _FORMATS[version]
+
+
+async def choose(storage: Storage, wanted: str, *, read_only: bool) -> str:
+    """Return the format in which to open an image that the operator named.
+
+    Args:
+        storage: The image.
+        wanted: "auto" or one of `FORMATS`.
+        read_only: Whether the image is opened read-only.
+
+    Raises:
+        ImageFormatError: It has no magic and is not to be taken for raw, or it has
+            another format than wanted.
+    """
+    if wanted == "raw":
+        return wanted
+    if wanted not in ("auto", *FORMATS):
+        raise ImageFormatError(
+            f"{storage.name}: format {wanted!r} is not one of {', '.join(FORMATS)}"
+        )
+    found = await probe(storage)
+    if wanted not in ("auto", found):
+        raise ImageFormatError(
+            f"{storage.name}: is no {wanted} image"
+            + (f", but {found}" if found != "raw" else "")
+        )
+    if found == "raw" and not read_only:
+        raise ImageFormatError(
+            f"{storage.name}: has no qcow or qcow2 header; add --format raw to serve it"
+            " as a raw disk, or --read-only"
+        )
+    return found
