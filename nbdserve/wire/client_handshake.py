@@ -130,7 +130,9 @@ class ClientHandshake:
             self._take_greeting()
 
     def data_to_send(self) -> bytes:
-        """Return, once, what is to be sent."""
+        """Return, once, what is to be sent: nothing before the server's greeting."""
+        if not self.greeted:
+            return b""
         data = bytes(self._outgoing)
         self._outgoing.clear()
         return data

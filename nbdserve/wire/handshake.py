@@ -338,7 +338,7 @@ class ServerHandshake:
         if self.state is not HandshakeState.OPTIONS:
             return False
         if self._skip is not None:
-            return self._skip_data()
+            return self._skip_data(*self._skip)
         return self._take_option()
 
     def _take_client_flags(self) -> bool:
@@ -394,11 +394,8 @@ class ServerHandshake:
             raise ProtocolError(f"more than {self._limits.options} options")
         self._options_left -= 1
 
-    def _skip_data(self) -> bool:
+    def _skip_data(self, option: int, left: int) -> bool:
         """Read past the data of an option that can't or won't be kept."""
-        if self._skip is None:
-            return True
-        option, left = self._skip
         taken = min(left, len(self._incoming))
         del self._incoming[:taken]
         if taken < left:

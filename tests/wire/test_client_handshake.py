@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from nbdserve.errors import ProtocolError
+from nbdserve.wire import client_handshake
 from nbdserve.wire.client_handshake import (
     ClientHandshake,
     ExportDetails,
@@ -104,6 +105,7 @@ def test_an_option_asked_before_the_greeting_goes_out_behind_the_flags() -> None
     client.ask(Option.ABORT)
     client.feed(GREETING[:10])
     assert client.outcome() is None
+    assert client.data_to_send() == b""
     client.feed(GREETING[10:])
     assert client.data_to_send()[:12] == b"\0\0\0\3IHAVEOPT"
 
@@ -192,6 +194,35 @@ def test_starttls_forgets_what_was_negotiated() -> None:
     client.feed(reply(Option.STARTTLS, OptionReply.ACK))
     assert client.outcome() is not None
     assert not client.structured
+
+
+def test_extended_headers_imply_structured_replies() -> None:
+    client = greeted()
+    client.ask(Option.EXTENDED_HEADERS)
+    client.feed(reply(Option.EXTENDED_HEADERS, OptionReply.ACK))
+    assert client.outcome() is not None
+    assert client.extended
+    assert client.structured
+
+
+def test_a_reply_cut_off_anywhere_is_no_outcome_yet() -> None:
+    client = greeted()
+    client.ask(Option.LIST)
+    name = reply(Option.LIST, OptionReply.SERVER, b"\0\0\0\4disk")
+    for position in range(len(name)):
+        client.feed(name[position : position + 1])
+        assert client.outcome() is None
+    client.feed(reply(Option.LIST, OptionReply.ACK))
+    outcome = client.outcome()
+    assert outcome is not None
+    assert outcome.exports == [("disk", "")]
+
+
+def test_replies_without_end_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client_handshake, "_MAX_REPLIES", 3)
+    name = reply(Option.LIST, OptionReply.SERVER, b"\0\0\0\4disk")
+    with pytest.raises(ProtocolError, match="more than 3 replies"):
+        asked(Option.LIST, name * 4)
 
 
 def test_one_option_at_a_time() -> None:

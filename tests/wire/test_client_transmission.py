@@ -111,6 +111,18 @@ def test_chunks_of_a_read_are_put_together_in_any_order() -> None:
     assert received(client, chunk(other, 0, b"")).request.cookie == other
 
 
+def test_chunks_come_byte_by_byte() -> None:
+    client = structured()
+    cookie = client.read(0, 6)
+    stream = data(cookie, 0, b"ab") + hole(cookie, 2, 4) + chunk(cookie, 0, b"")
+    for position in range(len(stream)):
+        assert client.next_reply() is None
+        client.feed(stream[position : position + 1])
+    reply = client.next_reply()
+    assert reply is not None
+    assert bytes(reply.data) == b"ab\0\0\0\0"
+
+
 def test_chunks_of_two_reads_may_alternate() -> None:
     client = structured()
     one, two = client.read(0, 2), client.read(0, 2)

@@ -230,6 +230,13 @@ def test_block_sizes_are_told_unasked_and_lawful() -> None:
     assert struct.pack(">HIII", 3, 1, 512, 64 << 20) in told
 
 
+def test_a_disk_of_1000_bytes_is_told_as_1000_bytes() -> None:
+    for request in (go("disk"), go("disk", number=Option.INFO)):
+        replies = talk(greeted(), request)
+        told = [data for _, _, data in replies if data[:2] == b"\0\0"]
+        assert [data[2:10] for data in told] == [bytes.fromhex("00000000000003e8")]
+
+
 def test_df_is_advertised_with_structured_replies_only() -> None:
     for before, expected in ((b"", 0x0101), (STRUCTURED, 0x0181)):
         handshake = greeted()
@@ -490,6 +497,13 @@ def test_an_oversized_option_is_err_too_big_and_the_stream_stays_in_step() -> No
     handshake = greeted(limits=HandshakeLimits(option_bytes=100, skipped_bytes=1000))
     replies = talk(handshake, option(Option.GO, bytes(1000)) + STRUCTURED)
     assert kinds(replies) == [OptionReply.ERR_TOO_BIG, OptionReply.ACK]
+
+
+def test_abort_is_acknowledged_however_much_data_it_has() -> None:
+    handshake = greeted(limits=HandshakeLimits(option_bytes=100, skipped_bytes=1000))
+    replies = talk(handshake, option(Option.ABORT, bytes(1000)))
+    assert kinds(replies) == [OptionReply.ACK]
+    assert handshake.state is HandshakeState.CLOSED
 
 
 def test_an_oversized_option_is_not_kept_in_memory() -> None:
