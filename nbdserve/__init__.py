@@ -8,16 +8,16 @@ The engine serves as a library as well:
 
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from nbdserve.formats.open import open_image as open_image
-
 __version__ = "0.1.0"
 
+if TYPE_CHECKING:
+    from nbdserve.formats.open import open_image as open_image
+else:
 
-def __getattr__(name: str) -> object:
-    """Load the engine when it is first asked for: the command line starts without."""
-    if name == "open_image":
-        from nbdserve.formats.open import open_image  # noqa: PLC0415
+    def __getattr__(name: str) -> object:
+        """Load the engine when it is first asked for: the command line starts without."""
+        if name == "open_image":
+            from nbdserve.formats.open import open_image  # noqa: PLC0415
 
-        return open_image
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+            return open_image
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
