@@ -8,8 +8,9 @@ It knows which formats exist; `chain` knows how images hang together.
 
 import os
 from collections.abc import Generator, Sequence
+from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.errors import ConfigError
@@ -19,11 +20,11 @@ from nbdserve.formats.chain import (
     Driver,
     open_chain,
 )
+from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
+from nbdserve.formats.qcow1.open import Qcow1Driver
+from nbdserve.formats.qcow2.open import Qcow2Driver
 from nbdserve.formats.raw import RawImage
 from nbdserve.storage.base import Storage
-
-#: Enough to tell how long a header is; most headers fit.
-HEADER_START = 512
 
 
 class RawDriver:
@@ -45,52 +46,14 @@ class RawDriver:
         return RawImage(storage, read_only=read_only, writethrough=writethrough)
 
 
-class Header(Protocol):
-    """What the headers of all qcow versions have."""
+def drivers(options: EngineOptions = DEFAULT_OPTIONS) -> dict[str, Driver]:
+    """Return every format under its name in qemu."""
+    return {
+        "raw": RawDriver(),
+        "qcow": Qcow1Driver(options),
+        "qcow2": Qcow2Driver(options),
+    }
 
-    @property
-    def backing_name(self) -> bytes | None:
-        """The recorded name, None without a backing file."""
-
-
-class HeaderCodec(Protocol):
-    """The functions of `formats.qcow1.header` and `formats.qcow2.header`."""
-
-    def header_bytes_needed(self, data: bytes) -> int:
-        """Tell from the file's first bytes how many `parse_header` has to see."""
-
-    def parse_header(self, data: bytes, file_size: int) -> Header:
-        """Read and judge a header."""
-
-
-async def backing_of(storage: Storage, codec: HeaderCodec) -> BackingReference | None:
-    """Read from a qcow header of any version what it says about a backing file.
-
-    Raises:
-        ImageError: The header is broken.
-        OSError: It can't be read.
-    """
-    start = await _read(storage, min(HEADER_START, storage.size))
-    needed = min(codec.header_bytes_needed(start), storage.size)
-    data = start if needed <= len(start) else await _read(storage, needed)
-    header = codec.parse_header(data, storage.size)
-    if not header.backing_name:
-        return None
-    return BackingReference(
-        header.backing_name, getattr(header, "backing_format", None)
-    )
-
-
-async def _read(storage: Storage, length: int) -> bytes:
-    buffer = bytearray(length)
-    view = memoryview(buffer)
-    if not storage.try_read(0, view):
-        await storage.read(0, view)
-    return bytes(buffer)
-
-
-#: Every format under its name in qemu.
-DRIVERS: dict[str, Driver] = {"raw": RawDriver()}
 
 _CACHE_MODES = ("writeback", "writethrough")
 
@@ -98,14 +61,20 @@ _CACHE_MODES = ("writeback", "writethrough")
 class OpeningImage:
     """What `open_image` returns: await it, or use it as an asynchronous context."""
 
-    def __init__(self, path: str | os.PathLike[str], options: ChainOptions) -> None:
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        options: ChainOptions,
+        engine: EngineOptions,
+    ) -> None:
         self._path = path
         self._options = options
+        self._engine = engine
         self._device: BlockDevice | None = None
 
     def __await__(self) -> Generator[Any, None, BlockDevice]:
         """Open the image; the caller closes it."""
-        return open_chain(self._path, self._options, DRIVERS).__await__()
+        return open_chain(self._path, self._options, drivers(self._engine)).__await__()
 
     async def __aenter__(self) -> BlockDevice:
         """Open the image."""
@@ -132,6 +101,7 @@ def open_image(
     allow_backing: Sequence[str | os.PathLike[str]] = (),
     cache: str = "writeback",
     lock: bool = True,
+    state_dir: str | os.PathLike[str] | None = None,
 ) -> OpeningImage:
     """Open a disk image with its backing files.
 
@@ -147,6 +117,9 @@ def open_image(
         cache: "writeback", or "writethrough" to have each change durable on return.
         lock: Whether to exclude other writers, qemu's included. Without it, an image
             that is being written can be looked at, and may change meanwhile.
+        state_dir: Where acknowledged writes that had to copy are noted until the next
+            commit, so that they survive a killed process: a folder on tmpfs. Without
+            one, such writes wait for the disk.
 
     Raises:
         ConfigError: There is no such file, no permission, or an option is unknown.
@@ -166,4 +139,5 @@ def open_image(
             writethrough=cache == "writethrough",
             lock=lock,
         ),
+        EngineOptions(state_dir=Path(state_dir) if state_dir is not None else None),
     )

@@ -1,0 +1,48 @@
+"""Checking an image file of any format."""
+
+import os
+
+from nbdserve.errors import ImageError, ImageFormatError
+from nbdserve.formats.check_result import CheckResult
+from nbdserve.formats.qcow1 import check as qcow1
+from nbdserve.formats.qcow2 import check as qcow2
+
+
+def check_image(
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,  # noqa: A002 - what everybody calls it
+) -> CheckResult | None:
+    """Check an image file without changing it; it may be in use.
+
+    Args:
+        path: The file.
+        format: raw, qcow or qcow2; None tells qcow and qcow2 by their magic and
+            takes everything else for raw.
+
+    Returns:
+        What was found; None for raw, which has nothing to check.
+
+    Raises:
+        ImageError: The header is unusable, or not of that format.
+        OSError: The file can't be read.
+    """
+    path = os.fspath(path)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        start = os.pread(fd, 8, 0)
+        found = "raw"
+        if start[:4] == b"QFI\xfb":
+            found = "qcow" if start[4:] == b"\0\0\0\1" else "qcow2"
+        wanted = format or found
+        if wanted == "raw":
+            return None
+        if wanted != found:
+            raise ImageFormatError(f"{path}: is {found}, not {wanted}")
+        check = qcow1.check_image if found == "qcow" else qcow2.check_image
+        try:
+            return check(fd, path)
+        except ImageError as error:
+            raise type(error)(f"{path}: {error}") from error
+    finally:
+        os.close(fd)

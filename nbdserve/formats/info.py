@@ -1,0 +1,346 @@
+"""What is known about an image from its header, for `nbdserve image info`.
+
+The fields are those of `qemu-img info --output=json`, under its names. Only the
+file itself is read, never its backing file, and no lock is taken: an image that is
+being served can be described. Blocking reads, a few kilobytes.
+"""
+
+import os
+import time
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from nbdserve.errors import ImageCorruptError, ImageError, ImageFormatError
+from nbdserve.formats.qcow1 import header as qcow1
+from nbdserve.formats.qcow2 import bitmap_directory, extensions
+from nbdserve.formats.qcow2 import header as qcow2
+from nbdserve.formats.qcow2.snapshot_table import (
+    MAX_TABLE_BYTES,
+    Snapshot,
+    parse_snapshot_table,
+)
+
+_MAGIC = b"QFI\xfb"
+_START = 512
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ImageInfo:
+    """A description of one image file; sizes are bytes.
+
+    Attributes:
+        filename: As the caller gave it.
+        format: raw, qcow or qcow2.
+        virtual_size: Of the disk.
+        actual_size: Storage that the file occupies.
+        cluster_size: None for raw.
+        dirty: Whether the dirty bit is set.
+        encrypted: Whether guest data are encrypted.
+        backing_filename: As it is recorded.
+        backing_format: As it is recorded.
+        snapshots: In the order of the file.
+        specific: qemu's "format-specific" data; None where it has none.
+        warnings: What could not be read, one line each.
+    """
+
+    filename: str
+    format: str
+    virtual_size: int
+    actual_size: int
+    cluster_size: int | None = None
+    dirty: bool = False
+    encrypted: bool = False
+    backing_filename: str | None = None
+    backing_format: str | None = None
+    snapshots: tuple[Snapshot, ...] = ()
+    specific: dict[str, Any] | None = None
+    warnings: tuple[str, ...] = field(default=())
+
+    @property
+    def full_backing_filename(self) -> str | None:
+        """The backing name, counted from the image's folder if it is relative."""
+        name = self.backing_filename
+        if name is None or ":" in name.partition("/")[0]:
+            return name
+        return os.path.join(os.path.dirname(self.filename), name)
+
+    def as_json(self) -> dict[str, Any]:
+        """Return what `qemu-img info --output=json` prints."""
+        shown: dict[str, Any] = {
+            "virtual-size": self.virtual_size,
+            "filename": self.filename,
+            "format": self.format,
+            "actual-size": self.actual_size,
+            "dirty-flag": self.dirty,
+        }
+        if self.cluster_size is not None:
+            shown["cluster-size"] = self.cluster_size
+        if self.encrypted:
+            shown["encrypted"] = True
+        if self.backing_filename is not None:
+            shown["backing-filename"] = self.backing_filename
+            shown["full-backing-filename"] = self.full_backing_filename
+        if self.backing_format is not None:
+            shown["backing-filename-format"] = self.backing_format
+        if self.snapshots:
+            shown["snapshots"] = [_snapshot_json(each) for each in self.snapshots]
+        if self.specific is not None:
+            shown["format-specific"] = {"type": self.format, "data": self.specific}
+        return shown
+
+    def as_text(self) -> str:
+        """Return what `qemu-img info` prints, ending in a newline."""
+        lines = [
+            f"image: {self.filename}",
+            f"file format: {self.format}",
+            f"virtual size: {human_size(self.virtual_size)} ({self.virtual_size} bytes)",
+            f"disk size: {human_size(self.actual_size)}",
+        ]
+        if self.encrypted:
+            lines.append("encrypted: yes")
+        if self.cluster_size is not None:
+            lines.append(f"cluster_size: {self.cluster_size}")
+        if self.dirty:
+            lines.append("cleanly shut down: no")
+        if self.backing_filename is not None:
+            full = self.full_backing_filename
+            actual = "" if full == self.backing_filename else f" (actual path: {full})"
+            lines.append(f"backing file: {self.backing_filename}{actual}")
+        if self.backing_format is not None:
+            lines.append(f"backing file format: {self.backing_format}")
+        if self.snapshots:
+            lines += ["Snapshot list:", _SNAPSHOT_HEADING]
+            lines += [_snapshot_text(each) for each in self.snapshots]
+        if self.specific is not None:
+            lines.append("Format specific information:")
+            lines += _specific_text(self.specific, 1)
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "\n".join(lines) + "\n"
+
+
+def image_info(path: str | os.PathLike[str], *, format: str | None = None) -> ImageInfo:  # noqa: A002 - what everybody calls it
+    """Describe an image file.
+
+    Args:
+        path: The file, or a block device.
+        format: raw, qcow or qcow2; None tells qcow and qcow2 by their magic
+            and takes everything else for raw.
+
+    Raises:
+        ImageError: The header is broken, or it is not of that format.
+        OSError: The file can't be read.
+    """
+    path = os.fspath(path)
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        status = os.fstat(fd)
+        size = os.lseek(fd, 0, os.SEEK_END)
+        start = os.pread(fd, _START, 0)
+        raw = ImageInfo(
+            filename=path,
+            format="raw",
+            virtual_size=size,
+            actual_size=status.st_blocks * 512,
+        )
+        found = _found_format(start)
+        if format not in (None, "raw", found):
+            raise ImageFormatError(f"{path}: is {found}, not {format}")
+        wanted = format or found
+        if wanted == "raw":
+            return raw
+        describe = _qcow1_info if wanted == "qcow" else _qcow2_info
+        try:
+            return describe(fd, start, size, raw)
+        except ImageError as error:
+            raise type(error)(f"{path}: {error}") from error
+    finally:
+        os.close(fd)
+
+
+def _found_format(start: bytes) -> str:
+    if start[:4] != _MAGIC:
+        return "raw"
+    return "qcow" if start[4:8] == b"\0\0\0\1" else "qcow2"
+
+
+def _qcow1_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
+    data = _at_least(fd, start, min(size, qcow1.header_bytes_needed(start)))
+    header = qcow1.parse_header(data, size)
+    return replace(
+        raw,
+        format="qcow",
+        virtual_size=header.disk_size,
+        cluster_size=header.cluster_size,
+        encrypted=header.crypt_method != qcow1.CRYPT_NONE,
+        backing_filename=_text(header.backing_name),
+    )
+
+
+def _qcow2_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
+    data = _at_least(fd, start, min(size, qcow2.header_bytes_needed(start)))
+    header = qcow2.parse_header(data, size)
+    warnings: list[str] = []
+    snapshots: list[Snapshot] = []
+    if header.nb_snapshots:
+        length = min(MAX_TABLE_BYTES, size - header.snapshots_offset)
+        table = _read(fd, header.snapshots_offset, length)
+        try:
+            snapshots, _ = parse_snapshot_table(table, header.nb_snapshots)
+        except ImageCorruptError as error:
+            warnings.append(str(error))
+    specific: dict[str, Any] = {
+        "compat": header.compat,
+        "compression-type": (
+            "zstd" if header.compression_type == qcow2.COMPRESSION_ZSTD else "zlib"
+        ),
+        "refcount-bits": header.refcount_bits,
+    }
+    if header.version > 2:
+        specific |= {
+            "lazy-refcounts": header.lazy_refcounts,
+            "corrupt": header.corrupt,
+            "extended-l2": header.extended_l2,
+        }
+        try:
+            bitmaps = _bitmaps(fd, header)
+        except ImageCorruptError as error:
+            warnings.append(str(error))
+        else:
+            if bitmaps:
+                specific["bitmaps"] = bitmaps
+    if header.external_data:
+        if header.data_file_name is not None:
+            specific["data-file"] = header.data_file_name
+        specific["data-file-raw"] = bool(
+            header.autoclear_features & qcow2.AUTOCLEAR_DATA_FILE_RAW
+        )
+    if header.crypt_method != qcow2.CRYPT_NONE:
+        method = "aes" if header.crypt_method == qcow2.CRYPT_AES else "luks"
+        specific["encrypt"] = {"format": method}
+    return replace(
+        raw,
+        format="qcow2",
+        virtual_size=header.disk_size,
+        cluster_size=header.cluster_size,
+        dirty=header.dirty,
+        encrypted=header.crypt_method != qcow2.CRYPT_NONE,
+        backing_filename=_text(header.backing_name),
+        backing_format=header.backing_format if header.backing_name else None,
+        snapshots=tuple(snapshots),
+        specific=specific,
+        warnings=tuple(warnings),
+    )
+
+
+def _bitmaps(fd: int, header: qcow2.Header) -> list[dict[str, Any]]:
+    data = header.extension(extensions.EXTENSION_BITMAPS)
+    if data is None or not header.autoclear_features & qcow2.AUTOCLEAR_BITMAPS:
+        return []
+    where = extensions.parse_bitmaps_extension(data, header.cluster_bits)
+    directory = _read(fd, where.directory_offset, where.directory_size)
+    flags = {
+        bitmap_directory.FLAG_IN_USE: "in-use",
+        bitmap_directory.FLAG_AUTO: "auto",
+    }
+    return [
+        {
+            "name": _text(bitmap.name),
+            "granularity": 1 << bitmap.granularity_bits,
+            "flags": [name for bit, name in flags.items() if bitmap.flags & bit],
+        }
+        for bitmap in bitmap_directory.parse_bitmap_directory(
+            directory, where.nb_bitmaps
+        )
+    ]
+
+
+def _at_least(fd: int, start: bytes, length: int) -> bytes:
+    return start if len(start) >= length else _read(fd, 0, length)
+
+
+def _read(fd: int, offset: int, length: int) -> bytes:
+    parts = []
+    while length > 0:
+        data = os.pread(fd, length, offset)
+        if not data:
+            break
+        parts.append(data)
+        offset += len(data)
+        length -= len(data)
+    return b"".join(parts)
+
+
+def _text(name: bytes | None) -> str | None:
+    return None if name is None else name.decode("utf-8", "backslashreplace")
+
+
+def human_size(size: int) -> str:
+    """Write a size as qemu-img does: three digits and a unit, `1.95 MiB`."""
+    amount = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB", "PiB"):
+        # qemu changes units at 1000, so that three digits are enough.
+        if amount < 1000:
+            return f"{amount:.3g} {unit}"
+        amount /= 1024
+    return f"{amount:.3g} EiB"
+
+
+_SNAPSHOT_FORMAT = "{:<9} {:<16} {:>8}{:>20}{:>13}{:>11}"
+_SNAPSHOT_HEADING = _SNAPSHOT_FORMAT.format(
+    "ID", "TAG", "VM SIZE", "DATE", "VM CLOCK", "ICOUNT"
+)
+
+
+def _snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+    seconds, nanoseconds = divmod(snapshot.vm_clock_nsec, 10**9)
+    shown: dict[str, Any] = {
+        "id": _text(snapshot.id),
+        "name": _text(snapshot.name),
+        "vm-state-size": snapshot.vm_state_size,
+        "date-sec": snapshot.date_sec,
+        "date-nsec": snapshot.date_nsec,
+        "vm-clock-sec": seconds,
+        "vm-clock-nsec": nanoseconds,
+    }
+    if snapshot.icount is not None:
+        shown["icount"] = snapshot.icount
+    return shown
+
+
+def _snapshot_text(snapshot: Snapshot) -> str:
+    seconds, nanoseconds = divmod(snapshot.vm_clock_nsec, 10**9)
+    clock = (
+        f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+        f".{nanoseconds // 10**6:03}"
+    )
+    date = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(snapshot.date_sec))
+    return _SNAPSHOT_FORMAT.format(
+        _text(snapshot.id) or "",
+        _text(snapshot.name) or "",
+        human_size(snapshot.vm_state_size),
+        date,
+        clock,
+        "" if snapshot.icount is None else snapshot.icount,
+    )
+
+
+def _specific_text(value: dict[str, Any], depth: int) -> list[str]:
+    lines: list[str] = []
+    indent = "    " * depth
+    for name, item in value.items():
+        label = f"{indent}{name.replace('-', ' ')}:"
+        if isinstance(item, dict):
+            lines += [label, *_specific_text(item, depth + 1)]
+        elif isinstance(item, list):
+            lines.append(label)
+            for index, element in enumerate(item):
+                if isinstance(element, dict):
+                    lines.append(f"{indent}    [{index}]:")
+                    lines += _specific_text(element, depth + 2)
+                else:
+                    lines.append(f"{indent}    [{index}]: {element}")
+        elif isinstance(item, bool):
+            lines.append(f"{label} {str(item).lower()}")
+        else:
+            lines.append(f"{label} {item}")
+    return lines

@@ -1,0 +1,324 @@
+"""When a changed table word may be in the file: epochs, barriers, acknowledgements.
+
+A word that may be there at once is *published*: written before the request is
+acknowledged, so that killing the server loses nothing. A word that must not be
+durable before its data (or before a refcount) is *held*: it waits for the next commit.
+
+One commit at a time; flushes that arrive meanwhile share the next one.
+
+    freeze   held words and freed clusters of this epoch are set aside
+    A        barrier: data, new tables and refcounts are durable  (if words are held)
+    B        the held words are written; barrier; flushes are acknowledged
+    C        later: the freed clusters lose their reference and can be used again
+
+Killing the server between a held word's acknowledgement and its commit is what
+the redo log (`redo.py`) is for. Without one, such a write waits for its commit.
+"""
+
+import asyncio
+from array import array
+from collections.abc import Awaitable, Callable, Mapping
+from errno import EIO
+from typing import TYPE_CHECKING
+
+from nbdserve.formats.mapped.entries import OWNED, UNPUBLISHED
+from nbdserve.formats.mapped.tables import Table, encode_words
+from nbdserve.formats.mapped.waits import Pins
+from nbdserve.storage.base import Storage
+
+if TYPE_CHECKING:
+    from nbdserve.formats.mapped.redo import RedoLog
+
+#: A held word: its table and its index there.
+Key = tuple[Table, int]
+#: Space that lost a reference: host offset and length in bytes.
+Freed = tuple[int, int]
+
+
+class Committer:
+    """Publishes, holds and commits the words of one image.
+
+    Attributes:
+        dirty: Whether something was written since the last commit began. Writers
+            of data set it when their write has completed.
+        writethrough: Whether every change is to be durable before it is acknowledged.
+        redo: The redo log, None if there is no place for one. It may come later.
+        failed: The error of a barrier that failed. From then on nothing is
+            acknowledged: nobody knows what is durable (fsync reports an error once).
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        pins: Pins,
+        *,
+        interval_s: float,
+        writethrough: bool,
+    ) -> None:
+        """`interval_s` bounds how long a held word waits for a flush."""
+        self.writethrough = writethrough
+        self.dirty = False
+        self.redo: RedoLog | None = None
+        self.failed: OSError | None = None
+        self._storage = storage
+        self._pins = pins
+        self._interval_s = interval_s
+        self._held: dict[Key, int | None] = {}
+        self._committing: dict[Key, int | None] = {}
+        self._commit_ended: list[asyncio.Future[None]] = []
+        self._freed: list[Freed] = []
+        self._release: Callable[[list[Freed]], Awaitable[None]] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._running: asyncio.Task[None] | None = None
+        self._releasing: set[asyncio.Task[None]] = set()
+        self._timer: asyncio.TimerHandle | None = None
+
+    def on_release(self, release: Callable[[list[Freed]], Awaitable[None]]) -> None:
+        """Name the coroutine that takes freed clusters once nobody knows them."""
+        self._release = release
+
+    def check(self) -> None:
+        """Refuse to go on after a failed barrier.
+
+        Raises:
+            OSError: EIO.
+        """
+        if self.failed is not None:
+            raise OSError(
+                EIO,
+                f"{self._storage.name}: an earlier sync failed ({self.failed}); "
+                "nothing more is written until the image is opened anew",
+            )
+
+    async def barrier(self) -> None:
+        """Make everything durable that was written before."""
+        self.check()
+        try:
+            await self._storage.flush()
+        except OSError as error:
+            self.failed = error
+            raise
+
+    # -- words
+
+    async def change(
+        self, table: Table, index: int, words: "array[int]", kind: int, *, hold: bool
+    ) -> bool:
+        """Make `words` the entries from `index` on, in the file and then in memory.
+
+        Args:
+            table: What to change.
+            index: The first entry.
+            words: Their new values.
+            kind: What all of them are now (`entries.py`).
+            hold: Whether they must wait for the barrier of the next commit.
+
+        Returns:
+            Whether the change survives a killed server, so that it may be
+            acknowledged; otherwise the request must wait for `flush` as well.
+
+        Raises:
+            OSError: Memory is unchanged; the file may hold the new words, so the
+                old ones are written again by the next commit. Whatever the
+                new words name must go through `free`.
+        """
+        count = len(words)
+        while self._committing and self._meets(self._committing, table, index, count):
+            # a commit is about to write these: the last one has to win
+            waiter = asyncio.get_running_loop().create_future()
+            self._commit_ended.append(waiter)
+            await waiter
+        if hold or (self._held and self._meets(self._held, table, index, count)):
+            return self._hold(table, index, words, kind)
+        offset = table.host_offset + 8 * index
+        data = encode_words(words)
+        try:
+            if not self._storage.try_write(offset, data):
+                await self._storage.write(offset, data)
+        except BaseException:
+            for position in range(index, index + count):
+                self._keep(table, position, None)
+            raise
+        self.dirty = True
+        table.words[index : index + count] = words
+        table.kinds[index : index + count] = bytes((kind,)) * count
+        return True
+
+    @staticmethod
+    def _meets(
+        keys: Mapping[Key, object], table: Table, index: int, count: int
+    ) -> bool:
+        return any(
+            (table, position) in keys for position in range(index, index + count)
+        )
+
+    def _hold(self, table: Table, index: int, words: "array[int]", kind: int) -> bool:
+        """Change words in memory only, with a record in the redo log for each."""
+        survives = True
+        for position, word in enumerate(words, index):
+            # what the file says as long as the word is held; None if nobody knows
+            in_file = self._held.get((table, position), table.words[position])
+            logged = (
+                self.redo is not None
+                and in_file is not None
+                and self.redo.link(
+                    table.number * len(table.words) + position, in_file, word
+                )
+            )
+            survives &= logged
+            table.words[position] = word
+            table.kinds[position] = (
+                UNPUBLISHED if kind == OWNED and not logged else kind
+            )
+            self._keep(table, position, in_file)
+        return survives
+
+    def _keep(self, table: Table, index: int, in_file: int | None) -> None:
+        """Let the next commit write a word."""
+        key = (table, index)
+        if key not in self._held:
+            table.users += 1
+        self._held[key] = in_file
+        self.dirty = True
+        self._schedule()
+
+    def free(self, host_offset: int, length: int) -> None:
+        """Take a reference from clusters that no entry names any more.
+
+        They are used again only after a commit that begins from now on has ended,
+        and after all input and output that may still name them.
+        """
+        self._freed.append((host_offset, length))
+        self.dirty = True
+        self._schedule()
+
+    # -- commits
+
+    async def flush(self) -> None:
+        """Return when everything that completed before this call is durable."""
+        self.check()
+        if not self.dirty and self._running is None:
+            return
+        waiter = asyncio.get_running_loop().create_future()
+        self._waiters.append(waiter)
+        self._start()
+        await waiter
+
+    def _schedule(self) -> None:
+        if self._timer is None:
+            loop = asyncio.get_running_loop()
+            self._timer = loop.call_later(self._interval_s, self._tick)
+
+    def _tick(self) -> None:
+        self._timer = None
+        if self.failed is None and (self._held or self._freed):
+            self._start()
+
+    def _start(self) -> None:
+        if self._running is None:
+            self._running = asyncio.get_running_loop().create_task(self._run())
+
+    async def _run(self) -> None:
+        """Commit until nobody waits for another one."""
+        try:
+            while True:
+                waiters, self._waiters = self._waiters, []
+                failure: BaseException | None = None
+                try:
+                    await self._commit()
+                except BaseException as error:  # noqa: BLE001 - every waiter gets it
+                    failure = error
+                for waiter in waiters:
+                    if waiter.done():
+                        continue
+                    if failure is None:
+                        waiter.set_result(None)
+                    else:
+                        waiter.set_exception(failure)
+                if failure is not None and not isinstance(failure, OSError):
+                    raise failure
+                if not self._waiters:
+                    break
+        finally:
+            self._running = None
+        if self.failed is None and (self._held or self._freed):
+            self._schedule()
+
+    async def _commit(self) -> None:
+        self.check()
+        if not self.dirty:
+            return
+        # The freeze: from here to the next await nothing else runs.
+        self.dirty = False
+        held, self._held = self._held, {}
+        self._committing = held
+        words = {key: key[0].words[key[1]] for key in held}
+        freed, self._freed = self._freed, []
+        sequence = self.redo.sequence if self.redo is not None else 0
+        done = False
+        try:
+            if words:
+                await self.barrier()
+                await self._write_words(words)
+            await self.barrier()
+            done = True
+        finally:
+            self._committing = {}
+            if not done:
+                self.dirty = True
+                self._held.update(held)
+                self._freed = freed + self._freed
+            ended, self._commit_ended = self._commit_ended, []
+            for waiter in ended:
+                if not waiter.done():
+                    waiter.set_result(None)
+        for table, index in held:
+            table.users -= 1
+            if table.kinds[index] == UNPUBLISHED:
+                table.kinds[index] = OWNED
+        if self.redo is not None:
+            self.redo.committed(sequence)
+        if freed:
+            task = asyncio.get_running_loop().create_task(self._give_back(freed))
+            self._releasing.add(task)
+            task.add_done_callback(self._releasing.discard)
+
+    async def _write_words(self, words: dict[Key, int]) -> None:
+        """Step B: write the words, neighbours in one call."""
+        ordered = sorted(words, key=lambda key: (key[0].host_offset, key[1]))
+        position = 0
+        while position < len(ordered):
+            table, first = ordered[position]
+            values = array("Q")
+            while position < len(ordered) and ordered[position] == (
+                table,
+                first + len(values),
+            ):
+                values.append(words[ordered[position]])
+                position += 1
+            await self._storage.write(
+                table.host_offset + 8 * first, encode_words(values)
+            )
+
+    async def _give_back(self, freed: list[Freed]) -> None:
+        """Step C: hand freed clusters on once no input or output names them."""
+        await self._pins.drained()
+        if self._release is not None and self.failed is None:
+            await self._release(freed)
+
+    async def close(self) -> None:
+        """Commit what is left and wait for step C of every epoch.
+
+        Raises:
+            OSError: Something could not be made durable.
+        """
+        self._cancel_timer()
+        await self.flush()
+        self._cancel_timer()
+        while self._releasing:
+            await asyncio.gather(*self._releasing)
+
+    def _cancel_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

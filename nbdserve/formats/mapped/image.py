@@ -1,0 +1,149 @@
+"""A qcow or qcow2 image as a disk: the parts of the engine, joined."""
+
+from collections.abc import Coroutine, Sequence
+from errno import ENOTSUP, EPERM
+from typing import Any
+
+from nbdserve.block.device import BlockDevice, Hole
+from nbdserve.block.extents import Extent
+from nbdserve.errors import RequestError
+from nbdserve.formats.mapped.allocator import Allocator
+from nbdserve.formats.mapped.discard import Discarder
+from nbdserve.formats.mapped.inflate import Decompress, Inflater
+from nbdserve.formats.mapped.mapping import Mapping
+from nbdserve.formats.mapped.parts import Parts, Space
+from nbdserve.formats.mapped.read import Reader
+from nbdserve.formats.mapped.redo import Link, RedoLog
+from nbdserve.formats.mapped.status import block_status
+from nbdserve.formats.mapped.write import Writer
+from nbdserve.storage.base import Buffer
+
+
+class MappedImage(BlockDevice):
+    """An open image; writable if it has a `Space`.
+
+    Attributes:
+        notes: What the operator should know of how it was opened, a line each.
+    """
+
+    def __init__(
+        self, parts: Parts, decompress: Decompress, space: Space | None
+    ) -> None:
+        """Take over the storage and the backing disk, which `close` closes."""
+        geometry = parts.geometry
+        self.size = geometry.size
+        self.read_only = space is None
+        self.preferred_block = max(geometry.cluster_size, 4096)
+        self.can_trim = space is not None
+        self.can_fast_zero = parts.codec.zero_word is not None or not parts.backing
+        self.notes: list[str] = []
+        self._parts = parts
+        self._space = space
+        self._mapping = Mapping(parts)
+        inflater = Inflater(parts, decompress)
+        self._reader = Reader(parts, self._mapping, inflater)
+        if space is not None:
+            commit = space.commit
+            commit.on_release(space.pool.release)
+            self._allocator = Allocator(parts, self._mapping, self._reader, space)
+            self._writer = Writer(parts, self._mapping, self._allocator, commit)
+            self._discarder = Discarder(
+                parts, self._mapping, self._allocator, self._writer, commit
+            )
+
+    # Handing the coroutine on instead of awaiting it saves a frame on the hot path.
+
+    def read_into(
+        self, offset: int, buffer: memoryview
+    ) -> Coroutine[Any, Any, Sequence[Hole]]:
+        """See `BlockDevice.read_into`."""
+        return self._reader.read_into(offset, buffer)
+
+    def write(
+        self, offset: int, data: Buffer, *, fua: bool = False
+    ) -> Coroutine[Any, Any, None]:
+        """See `BlockDevice.write`."""
+        self._require_space()
+        return self._writer.write(offset, data, fua=fua)
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool = True,
+        fast_only: bool = False,
+        fua: bool = False,
+    ) -> None:
+        """See `BlockDevice.write_zeroes`."""
+        self._require_space()
+        if fast_only and not (self.can_fast_zero and may_unmap):
+            raise RequestError(ENOTSUP, "zeroing this would be as slow as a write")
+        await self._discarder.write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        """See `BlockDevice.trim`."""
+        self._require_space()
+        await self._discarder.trim(offset, length, fua=fua)
+
+    async def flush(self) -> None:
+        """See `BlockDevice.flush`."""
+        if self._space is not None:
+            await self._space.commit.flush()
+
+    async def cache(self, offset: int, length: int) -> None:
+        """See `BlockDevice.cache`: tables and host clusters are fetched."""
+        end = min(offset + length, self.size)
+        while offset < end:
+            run = await self._mapping.run(offset, end)
+            if run.host_offset:
+                await self._parts.storage.prefetch(run.host_offset, run.length)
+            offset += run.length
+
+    async def block_status(
+        self, offset: int, length: int, *, max_extents: int = 1 << 20
+    ) -> list[Extent]:
+        """See `BlockDevice.block_status`."""
+        return await block_status(
+            self._mapping, self._parts.backing, offset, length, max_extents
+        )
+
+    async def replay(self, links: list[Link]) -> int:
+        """Link what a killed server had acknowledged and not linked yet.
+
+        Returns:
+            How many links were still missing.
+        """
+        missing = [await self._allocator.relink(*link) for link in links]
+        await self.flush()
+        return sum(missing)
+
+    def use_redo(self, redo: RedoLog) -> None:
+        """Log acknowledged links of copying writes from now on."""
+        if self._space is not None:
+            self._space.commit.redo = redo
+
+    async def close(self) -> None:
+        """See `BlockDevice.close`."""
+        try:
+            if self._space is not None:
+                await self._close_space(self._space)
+        finally:
+            await self._parts.storage.close()
+            if self._parts.backing is not None:
+                await self._parts.backing.close()
+
+    async def _close_space(self, space: Space) -> None:
+        clean = False
+        try:
+            await space.commit.close()
+            # what the redo log says is in the image now
+            clean = True
+            await space.pool.close()
+        finally:
+            if space.commit.redo is not None:
+                space.commit.redo.close(remove=clean)
+
+    def _require_space(self) -> None:
+        if self._space is None:
+            raise RequestError(EPERM, f"{self._parts.storage.name} is open read-only")

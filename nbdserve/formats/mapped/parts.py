@@ -1,0 +1,59 @@
+"""What the operations on an open image share."""
+
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.formats.mapped.commit import Committer
+from nbdserve.formats.mapped.entries import EntryCodec
+from nbdserve.formats.mapped.geometry import Geometry
+from nbdserve.formats.mapped.pool import Pool
+from nbdserve.formats.mapped.tables import Tables
+from nbdserve.formats.mapped.waits import Pins
+from nbdserve.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """An open image, to read.
+
+    Attributes:
+        storage: Its file.
+        geometry: Its numbers.
+        codec: How it spells entries.
+        tables: Its tables in memory.
+        pins: Input and output under way.
+        backing: The disk below, if there is one.
+    """
+
+    storage: Storage
+    geometry: Geometry
+    codec: EntryCodec
+    tables: Tables
+    pins: Pins
+    backing: BlockDevice | None
+
+    @property
+    def backing_size(self) -> int:
+        """Bytes of the backing file, 0 without one."""
+        return self.backing.size if self.backing is not None else 0
+
+
+@dataclass(frozen=True, slots=True)
+class Space:
+    """What a writable image has besides.
+
+    Attributes:
+        pool: Where free clusters come from.
+        commit: Decides when words are written.
+        owned: Called with a host offset and whether a table should be there; returns
+            whether one entry alone uses it. Raises ImageCorruptError if it is no
+            place to write such a thing to.
+        prepare: Awaited before each change of the mapping; does what the header
+            must say before the first one.
+    """
+
+    pool: Pool
+    commit: Committer
+    owned: Callable[[int, bool], Awaitable[bool]]
+    prepare: Callable[[], Awaitable[None]]

@@ -1,0 +1,339 @@
+"""Free space: every cluster the engine allocates comes out of a reserved pool.
+
+The pool holds runs of clusters that no entry names, whose reference count is 1
+already, and whose bytes read as zeros. Once a barrier has made all that durable,
+an L2 entry may name such a cluster at once, before any further barrier: whatever a power cut
+leaves of the write, the cluster shows zeros or the new bytes, and never anything
+else. So a first write costs the guest's bytes and one word.
+
+A run is *soft* while the barrier that makes it durable is under way. A soft cluster
+may be used by entries that wait for the next commit, whose barrier covers it too.
+
+A clean close gives the rest of the pool back; a crash leaks it at most.
+"""
+
+import asyncio
+import time
+from abc import ABC, abstractmethod
+from bisect import insort
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from errno import ENOSPC, EOPNOTSUPP
+from typing import Final, NamedTuple
+
+from nbdserve.formats.mapped.commit import Freed
+from nbdserve.storage.base import Storage
+
+#: Bytes of the first reservation, and the most that one reservation takes. The more
+#: there is in reserve, the fewer barriers interrupt a stream of first writes; what is
+#: reserved is sparse and costs no disk space until it is used.
+_FIRST: Final = 4 << 20
+_MOST: Final = 256 << 20
+#: With tiny clusters the bookkeeping counts, not the bytes.
+_MOST_CLUSTERS: Final = 4096
+#: A reservation that lasted less than this is followed by one four times as large.
+_HASTE_S: Final = 1.0
+_ZEROS: Final = bytes(1 << 16)
+
+
+class Grant(NamedTuple):
+    """Clusters taken from the pool.
+
+    Attributes:
+        host_offset: The first byte of the first one.
+        clusters: How many, contiguous.
+        durable: Whether an entry may name them before the next barrier.
+    """
+
+    host_offset: int
+    clusters: int
+    durable: bool
+
+
+@dataclass(slots=True)
+class _Run:
+    """Contiguous clusters in the pool, by cluster number."""
+
+    start: int
+    count: int
+    durable: bool
+
+
+class Pool(ABC):
+    """The reserved clusters of one image, and how the format reserves more.
+
+    Attributes:
+        metadata: Numbers of the clusters that hold the header and other tables than
+            L2 tables: neither data nor an L2 table may ever be written there.
+        tables: Numbers of the clusters that hold L2 tables of the active disk.
+    """
+
+    def __init__(
+        self,
+        storage: Storage,
+        cluster_bits: int,
+        barrier: Callable[[], Awaitable[None]],
+        end: int,
+        metadata: set[int],
+        tables: set[int],
+    ) -> None:
+        """`end` is the number of the first cluster past everything in use."""
+        self.metadata = metadata
+        self.tables = tables
+        self._storage = storage
+        self._cluster_bits = cluster_bits
+        self._barrier = barrier
+        self._end = end
+        self._runs: list[_Run] = []
+        self._free: list[tuple[int, int]] = []
+        self._lock = asyncio.Lock()
+        self._refilling: asyncio.Task[None] | None = None
+        self._waiters: list[asyncio.Future[None]] = []
+        self._bytes = _FIRST
+        self._refilled_at = 0.0
+
+    # -- what the format does
+
+    @abstractmethod
+    async def _reserve(self, runs: list[tuple[int, int]]) -> None:
+        """Give the clusters of `runs` (first, count) a reference, in the file.
+
+        If it fails, none of them has one in memory.
+        """
+
+    @abstractmethod
+    async def _unreserve(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Take a reference from each of these clusters, in the file.
+
+        Returns:
+            The runs (first, count) that nobody refers to any more.
+        """
+
+    @abstractmethod
+    async def references(self, host_offset: int) -> int:
+        """Return how many entries name the cluster at `host_offset`."""
+
+    @abstractmethod
+    async def _old_holes(
+        self, most: int, known: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Return runs that were free before this image was opened, a few at a time.
+
+        Args:
+            most: Clusters wanted.
+            known: Runs known to be free already.
+        """
+
+    @abstractmethod
+    async def _last_used(self) -> int:
+        """Return the number of the last cluster in use; nothing is reserved any more."""
+
+    # -- taking
+
+    def take(self, count: int, *, soft: bool = False) -> Grant | None:
+        """Take up to `count` contiguous clusters, without waiting.
+
+        Args:
+            count: At least 1.
+            soft: Accept clusters that the next barrier has yet to make durable.
+
+        Returns:
+            None if the pool has none; then `refill` waits for more.
+        """
+        for run in self._runs:
+            if run.durable or soft:
+                return self._cut(run, min(count, run.count))
+        return None
+
+    def take_whole(self, count: int) -> Grant | None:
+        """Take exactly `count` contiguous durable clusters, or None."""
+        for run in self._runs:
+            if run.durable and run.count >= count:
+                return self._cut(run, count)
+        return None
+
+    def _cut(self, run: _Run, count: int) -> Grant:
+        grant = Grant(run.start << self._cluster_bits, count, run.durable)
+        run.start += count
+        run.count -= count
+        if not run.count:
+            self._runs.remove(run)
+        if self._refilling is None and self._low():
+            self._start_refill(1)
+        return grant
+
+    def _low(self) -> bool:
+        left = sum(run.count for run in self._runs) << self._cluster_bits
+        return left < self._bytes // 2
+
+    # -- refilling
+
+    async def refill(self, contiguous: int = 1) -> None:
+        """Wait until the pool has `contiguous` durable clusters in a row.
+
+        Raises:
+            OSError: There is no space, or the file can't be written.
+        """
+        while not any(run.durable and run.count >= contiguous for run in self._runs):
+            if self._refilling is None:
+                self._start_refill(contiguous)
+            waiter = asyncio.get_running_loop().create_future()
+            self._waiters.append(waiter)
+            await waiter
+
+    def _start_refill(self, contiguous: int) -> None:
+        task = asyncio.get_running_loop().create_task(self._refill(contiguous))
+        self._refilling = task
+        task.add_done_callback(self._refill_ended)
+
+    def _refill_ended(self, task: asyncio.Task[None]) -> None:
+        self._refilling = None
+        waiters, self._waiters = self._waiters, []
+        error = asyncio.CancelledError() if task.cancelled() else task.exception()
+        for waiter in waiters:
+            if waiter.done():
+                continue
+            if error is None:
+                waiter.set_result(None)
+            else:
+                waiter.set_exception(error)
+
+    async def _refill(self, contiguous: int) -> None:
+        now = time.monotonic()
+        if self._refilled_at and now - self._refilled_at < _HASTE_S:
+            self._bytes = min(self._bytes * 4, _MOST)
+        wanted = max(
+            contiguous,
+            min(max(self._bytes >> self._cluster_bits, 8), _MOST_CLUSTERS),
+        )
+        async with self._lock:
+            found: list[tuple[int, int]] = []
+            try:
+                await self._find(found, wanted, contiguous)
+                await self._reserve(found)
+            except BaseException:
+                for start, count in found:
+                    self._keep_free(start, count)
+                raise
+            added = [_Run(start, count, durable=False) for start, count in found]
+            self._runs += added
+            # If this fails the image takes no more writes, and the runs stay soft.
+            await self._barrier()
+            for run in added:
+                run.durable = True
+        self._refilled_at = time.monotonic()
+
+    async def _find(
+        self, found: list[tuple[int, int]], wanted: int, contiguous: int
+    ) -> None:
+        """Add free clusters to `found`: freed by us, old holes, then past the end."""
+        found += self._from_free(wanted, contiguous)
+        missing = wanted - sum(count for _, count in found)
+        if missing > 0:
+            for start, count in await self._old_holes(missing, found + self._free):
+                found.append((start, count))
+                missing -= count
+                await self._zero(start, count)
+        largest = max((count for _, count in found), default=0)
+        # no need to grow the file for the last few
+        if largest < contiguous or missing > wanted // 2:
+            found.append(await self._grow(max(missing, contiguous), contiguous))
+
+    def _from_free(self, wanted: int, contiguous: int) -> list[tuple[int, int]]:
+        found: list[tuple[int, int]] = []
+        kept: list[tuple[int, int]] = []
+        for start, count in self._free:
+            taken = min(count, wanted) if count >= contiguous else 0
+            if taken:
+                found.append((start, taken))
+                wanted -= taken
+            if taken < count:
+                kept.append((start + taken, count - taken))
+        self._free = kept
+        return found
+
+    async def _grow(self, count: int, contiguous: int) -> tuple[int, int]:
+        """Take clusters past the end of everything in use, extending the file."""
+        start = self._end
+        end = (start + count) << self._cluster_bits
+        if self._storage.fixed_size:
+            count = min(count, (self._storage.size >> self._cluster_bits) - start)
+            if count < contiguous:
+                raise OSError(ENOSPC, f"{self._storage.name}: no free cluster is left")
+            await self._zero(start, count)
+        elif end > self._storage.size:
+            await self._storage.truncate(end)
+        self._end = start + count
+        return start, count
+
+    async def _zero(self, start: int, count: int) -> None:
+        """Make clusters that hold old bytes read as zeros."""
+        offset = start << self._cluster_bits
+        end = min((start + count) << self._cluster_bits, self._storage.size)
+        if end <= offset:
+            return
+        try:
+            await self._storage.zero(offset, end - offset, unmap=True)
+        except OSError as error:
+            if error.errno != EOPNOTSUPP:
+                raise
+            while offset < end:
+                piece = _ZEROS[: end - offset]
+                await self._storage.write(offset, piece)
+                offset += len(piece)
+
+    # -- giving back
+
+    async def release(self, freed: list[Freed]) -> None:
+        """Take a reference from clusters that nothing durable and nobody under way names.
+
+        Those without any reference left are punched, and can be reserved again.
+        """
+        async with self._lock:
+            for start, count in self._clusters(freed):
+                for run in await self._unreserve(start, count):
+                    await self._zero(*run)
+                    self._keep_free(*run)
+
+    def _clusters(self, freed: list[Freed]) -> list[tuple[int, int]]:
+        """Return byte extents as runs of clusters, neighbours joined."""
+        runs: list[tuple[int, int]] = []
+        for offset, length in sorted(freed):
+            start = offset >> self._cluster_bits
+            count = ((offset + length - 1) >> self._cluster_bits) + 1 - start
+            if runs and runs[-1][0] + runs[-1][1] == start:
+                runs[-1] = (runs[-1][0], runs[-1][1] + count)
+            else:
+                runs.append((start, count))
+        return runs
+
+    def _keep_free(self, start: int, count: int) -> None:
+        """Add a run to the free ones, joined with its neighbours."""
+        if not self.tables.isdisjoint(range(start, start + count)):
+            self.tables.difference_update(range(start, start + count))
+        insort(self._free, (start, count))
+        joined: list[tuple[int, int]] = []
+        for run in self._free:
+            if joined and joined[-1][0] + joined[-1][1] == run[0]:
+                joined[-1] = (joined[-1][0], joined[-1][1] + run[1])
+            else:
+                joined.append(run)
+        self._free = joined
+
+    async def close(self) -> None:
+        """Give the pool back and cut the file behind the last cluster in use.
+
+        Raises:
+            OSError: It could not be done; at worst clusters are leaked.
+        """
+        if self._refilling is not None:
+            await asyncio.wait([self._refilling])
+        async with self._lock:
+            runs, self._runs = self._runs, []
+            for run in runs:
+                await self._unreserve(run.start, run.count)
+            await self._barrier()
+            end = (await self._last_used() + 1) << self._cluster_bits
+            if not self._storage.fixed_size and end < self._storage.size:
+                await self._storage.truncate(end)
+                await self._barrier()

@@ -1,0 +1,126 @@
+"""Reading: from the mapping, the backing file, or the compressed clusters."""
+
+from collections.abc import Sequence
+from typing import Final
+
+from nbdserve.block.device import BlockDevice, Hole
+from nbdserve.formats.mapped.entries import (
+    BAD,
+    COMPRESSED,
+    NORMAL,
+    UNALLOCATED,
+)
+from nbdserve.formats.mapped.inflate import Inflater
+from nbdserve.formats.mapped.mapping import Mapping, Run
+from nbdserve.formats.mapped.parts import Parts
+
+_ZEROS: Final = memoryview(bytes(1 << 20))
+
+
+def fill_zeros(view: memoryview) -> None:
+    """Make all of `view` zeros."""
+    length = len(view)
+    if length <= len(_ZEROS):
+        view[:] = _ZEROS[:length]
+        return
+    for start in range(0, length, len(_ZEROS)):
+        end = min(start + len(_ZEROS), length)
+        view[start:end] = _ZEROS[: end - start]
+
+
+class Reader:
+    """Reads guest ranges of one image."""
+
+    def __init__(self, parts: Parts, mapping: Mapping, inflater: Inflater) -> None:
+        """Join the parts."""
+        geometry = parts.geometry
+        self._storage = parts.storage
+        self._codec = parts.codec
+        self._cached = parts.tables.cached
+        self._mapping = mapping
+        self._inflater = inflater
+        self._pins = parts.pins
+        self._backing = parts.backing
+        self._table_bits = geometry.table_bits
+        self._cluster_bits = geometry.cluster_bits
+        self._cluster_size = geometry.cluster_size
+        self._index_mask = geometry.l2_entries - 1
+        self._offset_mask = parts.codec.l2_offset_mask
+
+    async def read_into(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
+        """Fill `buffer`; see `BlockDevice.read_into`."""
+        length = len(buffer)
+        within = offset & (self._cluster_size - 1)
+        table = self._cached.get(offset >> self._table_bits)
+        if table is None or within + length > self._cluster_size:
+            return await self._read_runs(offset, buffer)
+        index = (offset >> self._cluster_bits) & self._index_mask
+        if table.kinds[index] < NORMAL:
+            return await self._read_runs(offset, buffer)
+        table.recent = True
+        host_offset = (table.words[index] & self._offset_mask) + within
+        if not self._storage.try_read(host_offset, buffer):
+            await self._read_slowly(host_offset, buffer)
+        return ()
+
+    async def _read_runs(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
+        """Read piece by piece, each of one kind."""
+        holes: list[Hole] = []
+        position, length = 0, len(buffer)
+        end = offset + length
+        while position < length:
+            run = await self._mapping.run(offset + position, end)
+            piece = buffer[position : position + run.length]
+            if run.kind >= NORMAL:
+                if not self._storage.try_read(run.host_offset, piece):
+                    await self._read_slowly(run.host_offset, piece)
+            else:
+                for start, size in await self._read_other(
+                    run, offset + position, piece
+                ):
+                    if holes and sum(holes[-1]) == position + start:
+                        holes[-1] = (holes[-1][0], holes[-1][1] + size)
+                    else:
+                        holes.append((position + start, size))
+            position += run.length
+        return holes
+
+    async def _read_slowly(self, host_offset: int, view: memoryview) -> None:
+        generation = self._pins.enter()
+        try:
+            await self._storage.read(host_offset, view)
+        finally:
+            self._pins.leave(generation)
+
+    async def _read_other(
+        self, run: Run, guest_offset: int, view: memoryview
+    ) -> Sequence[Hole]:
+        """Read a run that is not plain host clusters."""
+        if run.kind == UNALLOCATED and self._backing is not None:
+            return await self.read_backing(self._backing, guest_offset, view)
+        if run.kind == COMPRESSED:
+            host_offset, length = self._codec.compressed_extent(run.word)
+            data = await self._inflater.cluster(run.word, host_offset, length)
+            within = guest_offset & (self._cluster_size - 1)
+            view[:] = memoryview(data)[within : within + len(view)]
+            return ()
+        if run.kind == BAD:
+            raise self._mapping.corrupt(guest_offset, run.word, "is not valid")
+        fill_zeros(view)
+        return ((0, len(view)),)
+
+    @staticmethod
+    async def read_backing(
+        backing: BlockDevice, offset: int, view: memoryview
+    ) -> Sequence[Hole]:
+        """Read from a backing file, which may be shorter: what it lacks is zeros."""
+        length = len(view)
+        there = min(max(backing.size - offset, 0), length)
+        if there == length:
+            return await backing.read_into(offset, view)
+        holes = list(await backing.read_into(offset, view[:there])) if there else []
+        fill_zeros(view[there:])
+        if holes and sum(holes[-1]) == there:
+            there = holes.pop()[0]
+        holes.append((there, length - there))
+        return holes

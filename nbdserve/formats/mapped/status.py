@@ -1,0 +1,68 @@
+"""Block status: what is known of a range without reading it."""
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.block.extents import Extent, merged
+from nbdserve.formats.mapped.entries import (
+    BAD,
+    COMPRESSED,
+    NORMAL,
+    UNALLOCATED,
+)
+from nbdserve.formats.mapped.mapping import Mapping
+
+#: Extents collected before neighbours are joined.
+_BATCH = 1024
+
+
+async def block_status(
+    mapping: Mapping,
+    backing: BlockDevice | None,
+    offset: int,
+    length: int,
+    max_extents: int,
+) -> list[Extent]:
+    """Describe a range; see `BlockDevice.block_status`."""
+    position, end = offset, offset + length
+    result: list[Extent] = []
+    while position < end and len(result) <= max_extents:
+        batch: list[Extent] = []
+        while position < end and len(batch) < _BATCH:
+            for extent in await _piece(mapping, backing, position, end, max_extents):
+                batch.append(extent)
+                position += extent.length
+        result = merged(result + batch)
+    # one more than asked for was collected, so that the last one is whole
+    return result[:max_extents]
+
+
+async def _piece(
+    mapping: Mapping,
+    backing: BlockDevice | None,
+    position: int,
+    end: int,
+    max_extents: int,
+) -> list[Extent]:
+    """Describe the first run of a range."""
+    run = await mapping.run(position, end)
+    if run.kind >= NORMAL:
+        return [Extent(run.length, data=True, zero=False, offset=run.host_offset)]
+    if run.kind == UNALLOCATED:
+        return await _below(backing, position, run.length, max_extents)
+    if run.kind == COMPRESSED:
+        return [Extent(run.length, data=True, zero=False, compressed=True)]
+    if run.kind == BAD:
+        raise mapping.corrupt(position, run.word, "is not valid")
+    return [Extent(run.length, data=False, zero=True)]
+
+
+async def _below(
+    backing: BlockDevice | None, position: int, length: int, max_extents: int
+) -> list[Extent]:
+    """Describe a range that the image leaves to its backing file."""
+    if backing is None:
+        return [Extent(length, data=False, zero=True, present=False)]
+    there = min(max(backing.size - position, 0), length)
+    if not there:
+        return [Extent(length, data=False, zero=True, depth=1, present=False)]
+    extents = await backing.block_status(position, there, max_extents=max_extents)
+    return [extent._replace(depth=extent.depth + 1) for extent in extents]

@@ -1,0 +1,66 @@
+"""Free space of a qcow version 1 image, which keeps no account of it.
+
+Nothing in the file tells which clusters are in use, so new ones come from the end
+of the file, and from what this session itself has freed. `Pool` extends the file durably
+before a cluster is linked: other programs take the end of the file for free space.
+"""
+
+from collections.abc import Awaitable, Callable
+
+from nbdserve.formats.mapped.commit import Freed
+from nbdserve.formats.mapped.pool import Pool
+from nbdserve.storage.base import Storage
+
+
+class UncountedPool(Pool):
+    """The pool of a qcow version 1 image."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        cluster_bits: int,
+        barrier: Callable[[], Awaitable[None]],
+        metadata: set[int],
+        tables: set[int],
+    ) -> None:
+        """See `Pool`."""
+        end = -(-storage.size >> cluster_bits)
+        super().__init__(storage, cluster_bits, barrier, end, metadata, tables)
+
+    async def _reserve(self, runs: list[tuple[int, int]]) -> None:
+        """Nothing records a reservation but the length of the file."""
+
+    async def _unreserve(self, start: int, count: int) -> list[tuple[int, int]]:
+        """Whoever has given clusters back was the only one who used them."""
+        self._keep_free(start, count)
+        return []
+
+    async def release(self, freed: list[Freed]) -> None:
+        """Use whole clusters again; compressed ones may share theirs with others."""
+        size = 1 << self._cluster_bits
+        whole = [
+            (offset, length)
+            for offset, length in freed
+            if not offset % size and not length % size
+        ]
+        async with self._lock:
+            for start, count in self._clusters(whole):
+                await self._zero(start, count)
+                self._keep_free(start, count)
+
+    async def references(self, host_offset: int) -> int:
+        """Return 1: the format has no way to share a cluster."""
+        return 1
+
+    async def _old_holes(
+        self, most: int, known: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """Return none: nothing tells which clusters are free."""
+        return []
+
+    async def _last_used(self) -> int:
+        """See `Pool`: free clusters at the end of the file are cut off."""
+        end = self._end
+        if self._free and sum(self._free[-1]) == end:
+            end = self._free[-1][0]
+        return end - 1

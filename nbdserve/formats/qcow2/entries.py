@@ -1,0 +1,74 @@
+"""How qcow2 spells L1 and L2 entries (docs/interop/qcow2.rst, "Cluster mapping")."""
+
+from typing import Final
+
+from nbdserve.formats.mapped.entries import (
+    BAD,
+    COMPRESSED,
+    NORMAL,
+    UNALLOCATED,
+    ZERO,
+    ZERO_ALLOCATED,
+)
+
+#: Bits 9 to 55: where the table or cluster is.
+OFFSET_MASK: Final = 0x00FF_FFFF_FFFF_FE00
+#: Bit 63: its reference count is exactly one.
+COPIED: Final = 1 << 63
+#: Bit 62 of an L2 entry.
+COMPRESSED_FLAG: Final = 1 << 62
+#: Bit 0 of an L2 entry, version 3: reads as zeros whatever the offset says.
+ZERO_FLAG: Final = 1
+# bits 1 to 8 and 56 to 61
+_L2_RESERVED: Final = 0x3F00_0000_0000_01FE
+# bits 0 to 8 and 56 to 62
+_L1_RESERVED: Final = 0x7F00_0000_0000_01FF
+
+
+class Qcow2Entries:
+    """The codec of one image, whose version and cluster size it knows."""
+
+    l1_offset_mask = OFFSET_MASK
+    l2_offset_mask = OFFSET_MASK
+
+    def __init__(self, version: int, cluster_bits: int) -> None:
+        """`version` is 2 or 3."""
+        self.zero_word = ZERO_FLAG if version >= 3 else None
+        self._in_cluster = (1 << cluster_bits) - 1
+        # Where the offset of compressed data ends and its sector count begins.
+        self._size_shift = 62 - (cluster_bits - 8)
+
+    def classify(self, word: int) -> int:
+        """Return the kind of an L2 entry."""
+        if not word:
+            return UNALLOCATED
+        if word & COMPRESSED_FLAG:
+            # A compressed cluster is never COPIED and lies below 2^56.
+            offset, _ = self.compressed_extent(word)
+            return BAD if word & COPIED or offset >> 56 or not offset else COMPRESSED
+        host_offset = word & OFFSET_MASK
+        if word & _L2_RESERVED or host_offset & self._in_cluster:
+            return BAD
+        if word & ZERO_FLAG:
+            if self.zero_word is None:
+                return BAD
+            return ZERO_ALLOCATED if host_offset else ZERO
+        # The first cluster is the header, so COPIED with no offset is no cluster.
+        return NORMAL if host_offset else BAD
+
+    def l1_is_valid(self, word: int) -> bool:
+        """Return whether an L1 entry obeys the specification."""
+        return not word & _L1_RESERVED and not word & OFFSET_MASK & self._in_cluster
+
+    def link(self, host_offset: int) -> int:
+        """Return the entry of a cluster or table whose reference count is one."""
+        return host_offset | COPIED
+
+    def compressed_extent(self, word: int) -> tuple[int, int]:
+        """Return host offset and length in bytes of compressed data.
+
+        The length counts whole 512-byte sectors, so it is an upper bound.
+        """
+        offset = word & ((1 << self._size_shift) - 1)
+        sectors = ((word & (COMPRESSED_FLAG - 1)) >> self._size_shift) + 1
+        return offset, sectors * 512 - (offset & 511)

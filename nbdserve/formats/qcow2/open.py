@@ -1,0 +1,237 @@
+"""Opening a qcow2 image: header, tables, and what its features ask of a writer."""
+
+import asyncio
+from dataclasses import dataclass
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.errors import ImageCorruptError, ImageError
+from nbdserve.formats.chain import BackingReference
+from nbdserve.formats.mapped.commit import Committer
+from nbdserve.formats.mapped.geometry import Geometry
+from nbdserve.formats.mapped.image import MappedImage
+from nbdserve.formats.mapped.inflate import inflate, unzstd
+from nbdserve.formats.mapped.opening import (
+    DEFAULT_OPTIONS,
+    EngineOptions,
+    Located,
+    load_l1,
+    start_redo,
+    table_clusters,
+)
+from nbdserve.formats.mapped.parts import Parts, Space
+from nbdserve.formats.mapped.tables import Table, Tables
+from nbdserve.formats.mapped.waits import Pins
+from nbdserve.formats.qcow2.entries import OFFSET_MASK, Qcow2Entries
+from nbdserve.formats.qcow2.header import (
+    AUTOCLEAR_OFFSET,
+    COMPRESSION_ZSTD,
+    FIXED_LENGTH,
+    INCOMPATIBLE_CORRUPT,
+    INCOMPATIBLE_OFFSET,
+    Header,
+    encode_u64,
+    header_bytes_needed,
+    parse_header,
+    require_supported,
+    require_writable,
+)
+from nbdserve.formats.qcow2.rebuild import rebuild_refcounts
+from nbdserve.formats.qcow2.refcounts import RefcountedPool, load_refcount_table
+from nbdserve.formats.qcow2.snapshot_table import parse_snapshot_table
+from nbdserve.storage.base import Storage
+from nbdserve.storage.file import FileStorage
+
+#: A snapshot table is read whole; qemu refuses larger ones too (block/qcow2.h).
+_MAX_SNAPSHOT_TABLE = 64 << 20
+
+
+async def read_header(storage: Storage) -> Header:
+    """Read and judge the header of an image.
+
+    Raises:
+        ImageError: It is not qcow2, or broken.
+        OSError: It can't be read.
+    """
+    first = bytearray(min(FIXED_LENGTH, storage.size))
+    await storage.read(0, memoryview(first))
+    data = bytearray(min(header_bytes_needed(bytes(first)), storage.size))
+    await storage.read(0, memoryview(data))
+    return parse_header(bytes(data), storage.size)
+
+
+@dataclass(frozen=True, slots=True)
+class Qcow2Driver:
+    """Opens qcow2 images (see `chain.Driver`)."""
+
+    options: EngineOptions = DEFAULT_OPTIONS
+
+    async def backing(self, storage: Storage) -> BackingReference | None:
+        """Return what the header says of a backing file."""
+        header = await read_header(storage)
+        if header.backing_name is None:
+            return None
+        return BackingReference(header.backing_name, header.backing_format)
+
+    async def open(
+        self,
+        storage: Storage,
+        *,
+        read_only: bool,
+        backing: BlockDevice | None,
+        writethrough: bool,
+    ) -> BlockDevice:
+        """Open an image; on success it owns `storage` and `backing`."""
+        header = await read_header(storage)
+        require_supported(header)
+        if not read_only:
+            require_writable(header)
+            if header.dirty:
+                header = await self._repair(storage)
+        geometry = Geometry(
+            header.disk_size,
+            header.cluster_bits,
+            header.cluster_bits - 3,
+            header.l1_table_offset,
+            header.l1_size,
+        )
+        l1 = await load_l1(storage, geometry)
+        pins = Pins()
+        space = None
+        if not read_only:
+            commit = Committer(
+                storage,
+                pins,
+                interval_s=self.options.commit_interval_s,
+                writethrough=writethrough,
+            )
+            space = await _open_space(storage, header, geometry, l1, commit)
+        codec = Qcow2Entries(header.version, header.cluster_bits)
+        limit = self.options.table_cache
+        tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
+        parts = Parts(storage, geometry, codec, tables, pins, backing)
+        decompress = unzstd if header.compression_type == COMPRESSION_ZSTD else inflate
+        image = MappedImage(parts, decompress, space)
+        if not read_only:
+            await start_redo(image, storage, self.options.state_dir)
+        return image
+
+    async def _repair(self, storage: Storage) -> Header:
+        """Bring refcounts in order that another writer had put off (the dirty bit)."""
+        if not isinstance(storage, FileStorage):
+            raise ImageCorruptError(
+                "the dirty bit is set: its refcounts must be rebuilt before writing"
+            )
+        await storage.call(lambda fd: rebuild_refcounts(fd, storage.name))
+        return await read_header(storage)
+
+
+async def _open_space(
+    storage: Storage,
+    header: Header,
+    geometry: Geometry,
+    l1: Table,
+    commit: Committer,
+) -> Space:
+    located = await _locate(storage, header)
+    located.tables = table_clusters(l1, OFFSET_MASK, geometry)
+    table = await load_refcount_table(storage, header)
+    for host_offset in table:
+        if host_offset:
+            located.add(host_offset, 1, header.cluster_bits)
+    pool = RefcountedPool(
+        storage, header, table, commit.barrier, located.metadata, located.tables
+    )
+    await pool.find_end()
+    guard = _Guard(storage, header, pool, commit)
+    return Space(pool, commit, guard.owned, guard.prepare)
+
+
+async def _locate(storage: Storage, header: Header) -> Located:
+    """Find out which clusters hold the header and tables."""
+    located = Located()
+    bits = header.cluster_bits
+    located.add(0, 1, bits)
+    located.add(header.l1_table_offset, 8 * header.l1_size, bits)
+    located.add(
+        header.refcount_table_offset, header.refcount_table_clusters << bits, bits
+    )
+    if not header.nb_snapshots:
+        return located
+    length = min(storage.size - header.snapshots_offset, _MAX_SNAPSHOT_TABLE)
+    data = bytearray(max(length, 0))
+    await storage.read(header.snapshots_offset, memoryview(data))
+    try:
+        snapshots, length = parse_snapshot_table(bytes(data), header.nb_snapshots)
+    except ImageError:
+        # The snapshots can't be used; the active disk can, and its refcounts
+        # protect what they share.
+        located.add(header.snapshots_offset, 1, bits)
+        return located
+    located.add(header.snapshots_offset, length, bits)
+    for snapshot in snapshots:
+        located.add(snapshot.l1_table_offset, 8 * snapshot.l1_size, bits)
+    return located
+
+
+class _Guard:
+    """What the format wants before an image is changed, and before a cluster is."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        pool: RefcountedPool,
+        commit: Committer,
+    ) -> None:
+        self._storage = storage
+        self._header = header
+        self._pool = pool
+        self._commit = commit
+        self._prepared = not header.autoclear_features
+        self._lock = asyncio.Lock()
+
+    async def prepare(self) -> None:
+        """Clear the autoclear bits: none of what they vouch for is kept up to date.
+
+        Durable before the first change, as docs/interop/qcow2.rst wants.
+        """
+        if not self._prepared:
+            async with self._lock:
+                await self._clear_autoclear()
+
+    async def _clear_autoclear(self) -> None:
+        if not self._prepared:
+            await self._storage.write(AUTOCLEAR_OFFSET, encode_u64(0))
+            await self._commit.barrier()
+            self._prepared = True
+
+    async def owned(self, host_offset: int, is_table: bool) -> bool:
+        """Return whether one entry alone uses a cluster, if it can be one to write to."""
+        bits = self._header.cluster_bits
+        cluster = host_offset >> bits
+        if host_offset & (1 << bits) - 1 or not host_offset:
+            problem = "is no cluster to write to"
+        elif host_offset >= self._storage.size:
+            problem = "lies past the end of the file"
+        elif cluster in self._pool.metadata or (
+            not is_table and cluster in self._pool.tables
+        ):
+            problem = "holds metadata, and an entry names it as a place to write to"
+        else:
+            references = await self._pool.references(host_offset)
+            if references:
+                return references == 1
+            problem = "is in use although its refcount says it is free"
+        await self._mark_corrupt()
+        raise ImageCorruptError(
+            f"{self._storage.name}: the cluster at {host_offset:#x} {problem}; "
+            "run 'nbdserve image check' on it"
+        )
+
+    async def _mark_corrupt(self) -> None:
+        """Set the corrupt bit (version 3): only a repair makes writing safe again."""
+        if self._header.version < 3:
+            return
+        features = self._header.incompatible_features | INCOMPATIBLE_CORRUPT
+        await self._storage.write(INCOMPATIBLE_OFFSET, encode_u64(features))
+        await self._commit.barrier()

@@ -1,0 +1,478 @@
+"""Reference counts of an image that is being written: loaded as needed, changed in place.
+
+All increments happen while clusters are reserved for the pool, before anybody can name
+them, and all decrements after the commit that took the last name away: so a
+refcount is never durably smaller than the number of durable entries.
+
+A refcount block that does not exist yet is written with its own count in it, made
+durable, and only then entered into the refcount table; a table that is too small is
+copied to the end of the file together with the new blocks, and one write of the header
+moves over to it.
+"""
+
+import struct
+from array import array
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Iterator
+from errno import EFBIG
+from functools import cache
+from typing import Final
+
+from nbdserve.errors import ImageCorruptError
+from nbdserve.formats.mapped.pool import Pool
+from nbdserve.formats.mapped.tables import decode_words, encode_words
+from nbdserve.formats.qcow2.entries import OFFSET_MASK
+from nbdserve.formats.qcow2.header import (
+    MAX_REFCOUNT_TABLE_BYTES,
+    REFCOUNT_TABLE_GROUP_OFFSET,
+    Header,
+    encode_refcount_table_group,
+)
+from nbdserve.storage.base import Storage
+
+#: Bytes of refcount blocks kept in memory (one block of 64 KiB counts for 2 GiB).
+_CACHE_BYTES: Final = 4 << 20
+#: Blocks searched for old holes in one reservation.
+_SEARCH_BLOCKS: Final = 4
+_WORD: Final = struct.Struct(">Q")
+
+
+@cache
+def _narrow_counts(order: int) -> list[bytes]:
+    """Return for each byte of counts narrower than it which of them are not 0."""
+    mask = (1 << (1 << order)) - 1
+    shifts = range(0, 8, 1 << order)
+    return [
+        bytes(bool(byte >> shift & mask) for shift in shifts) for byte in range(256)
+    ]
+
+
+def _mark_used(used: bytearray, base: int, runs: list[tuple[int, int]]) -> None:
+    """Mark runs of clusters in a map that begins with cluster `base`."""
+    for start, count in runs:
+        first = max(start - base, 0)
+        last = min(start + count - base, len(used))
+        if first < last:
+            used[first:last] = b"\1" * (last - first)
+
+
+def _take_holes(
+    used: bytearray, base: int, most: int, found: list[tuple[int, int]]
+) -> int:
+    """Add up to `most` unused clusters of a map to `found`; return how many."""
+    left = most
+    position = used.find(0)
+    while position >= 0 and left > 0:
+        end = used.find(1, position)
+        end = len(used) if end < 0 else end
+        count = min(end - position, left)
+        found.append((base + position, count))
+        left -= count
+        position = used.find(0, end)
+    return most - left
+
+
+class Block:
+    """One refcount block: the counts of as many neighbouring clusters.
+
+    Attributes:
+        host_offset: Where it is in the file.
+        data: Its bytes.
+    """
+
+    __slots__ = ("_changed", "_order", "data", "host_offset")
+
+    def __init__(self, host_offset: int, data: bytearray, order: int) -> None:
+        """`order` is log2 of the width in bits, 0 to 6."""
+        self.host_offset = host_offset
+        self.data = data
+        self._order = order
+        self._changed: tuple[int, int] | None = None
+
+    def get(self, index: int) -> int:
+        """Return one count."""
+        order = self._order
+        if order >= 3:
+            width = 1 << order - 3
+            return int.from_bytes(self.data[index * width : (index + 1) * width], "big")
+        # Counts narrower than a byte start at its least significant bit.
+        bits = 1 << order
+        shift = (index << order) & 7
+        return self.data[index << order >> 3] >> shift & (1 << bits) - 1
+
+    def set(self, index: int, value: int) -> None:
+        """Change one count."""
+        order = self._order
+        if order >= 3:
+            width = 1 << order - 3
+            start = index * width
+            self.data[start : start + width] = value.to_bytes(width, "big")
+            self._touch(start, start + width)
+            return
+        bits = 1 << order
+        position, shift = index << order >> 3, (index << order) & 7
+        mask = (1 << bits) - 1 << shift
+        self.data[position] = self.data[position] & ~mask | value << shift
+        self._touch(position, position + 1)
+
+    def used(self) -> bytes:
+        """Return a byte for each count: 0 if the cluster is free."""
+        order = self._order
+        if order >= 3:
+            # whether a number is zero does not depend on its byte order
+            return bytes(map(bool, array("BHIQ"[order - 3], bytes(self.data))))
+        return b"".join(map(_narrow_counts(order).__getitem__, self.data))
+
+    def changed(self) -> tuple[int, int] | None:
+        """Return the byte range that is not in the file yet, and forget it."""
+        changed, self._changed = self._changed, None
+        return changed
+
+    def keep_changed(self, changed: tuple[int, int]) -> None:
+        """Remember a range again: it could not be written."""
+        self._touch(*changed)
+
+    @property
+    def clean(self) -> bool:
+        """Whether the file has all of it."""
+        return self._changed is None
+
+    def _touch(self, start: int, end: int) -> None:
+        if self._changed is None:
+            self._changed = (start, end)
+        else:
+            low, high = self._changed
+            self._changed = (min(low, start), max(high, end))
+
+
+class RefcountedPool(Pool):
+    """The pool of a qcow2 image, over its refcount table and blocks."""
+
+    def __init__(
+        self,
+        storage: Storage,
+        header: Header,
+        table: "array[int]",
+        barrier: Callable[[], Awaitable[None]],
+        metadata: set[int],
+        tables: set[int],
+    ) -> None:
+        """`table` is the refcount table; `find_end` must follow."""
+        end = -(-storage.size >> header.cluster_bits)
+        super().__init__(storage, header.cluster_bits, barrier, end, metadata, tables)
+        self._order = header.refcount_order
+        self._limit = (1 << header.refcount_bits) - 1
+        self._block_bits = header.cluster_bits + 3 - header.refcount_order
+        self._table = table
+        self._table_offset = header.refcount_table_offset
+        self._blocks: OrderedDict[int, Block] = OrderedDict()
+        self._most_blocks = max(4, _CACHE_BYTES >> header.cluster_bits)
+        self._searched = 0
+        self._cluster_size = header.cluster_size
+
+    # -- blocks
+
+    async def _block(self, number: int) -> Block | None:
+        """Return a refcount block, None if it does not exist."""
+        block = self._blocks.get(number)
+        if block is not None:
+            self._blocks.move_to_end(number)
+            return block
+        if number >= len(self._table) or not self._table[number]:
+            return None
+        host_offset = self._table[number]
+        if (
+            host_offset & ~OFFSET_MASK
+            or host_offset & self._cluster_size - 1
+            or host_offset >= self._storage.size
+        ):
+            raise ImageCorruptError(
+                f"{self._storage.name}: entry {number} of the refcount table "
+                f"({host_offset:#x}) is not the place of a refcount block; "
+                "run 'nbdserve image check' on it"
+            )
+        data = bytearray(self._cluster_size)
+        view = memoryview(data)
+        if not self._storage.try_read(host_offset, view):
+            await self._storage.read(host_offset, view)
+        # somebody else may have loaded it meanwhile
+        return self._blocks.get(number) or self._keep(
+            number, Block(host_offset, data, self._order)
+        )
+
+    async def _existing(self, number: int) -> Block:
+        block = await self._block(number)
+        if block is None:
+            raise ImageCorruptError(
+                f"{self._storage.name}: refcount block {number} is missing"
+            )
+        return block
+
+    def _keep(self, number: int, block: Block) -> Block:
+        self._blocks[number] = block
+        excess = len(self._blocks) - self._most_blocks
+        if excess > 0:
+            for old in list(self._blocks)[: excess + 8]:
+                if self._blocks[old].clean and old != number:
+                    del self._blocks[old]
+        return block
+
+    async def _write_blocks(self, numbers: list[int]) -> None:
+        """Write what changed in these blocks."""
+        for number in numbers:
+            block = self._blocks[number]
+            changed = block.changed()
+            if changed is None:
+                continue
+            start, end = changed
+            try:
+                await self._storage.write(
+                    block.host_offset + start, bytes(block.data[start:end])
+                )
+            except BaseException:
+                block.keep_changed(changed)
+                raise
+
+    def _split(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
+        """Cut a run of clusters into (block number, first index, count)."""
+        while count:
+            index = start & (1 << self._block_bits) - 1
+            piece = min(count, (1 << self._block_bits) - index)
+            yield start >> self._block_bits, index, piece
+            start += piece
+            count -= piece
+
+    async def references(self, host_offset: int) -> int:
+        """See `Pool`; 0 where no block counts that cluster."""
+        cluster = host_offset >> self._cluster_bits
+        block = await self._block(cluster >> self._block_bits)
+        return block.get(cluster & (1 << self._block_bits) - 1) if block else 0
+
+    # -- reserving
+
+    async def _reserve(self, runs: list[tuple[int, int]]) -> None:
+        """See `Pool`."""
+        changed: list[tuple[int, Block, int]] = []
+        numbers: dict[int, None] = {}
+        try:
+            for start, count in runs:
+                await self._make_blocks(start, count)
+                for number, first, length in self._split(start, count):
+                    block = await self._existing(number)
+                    numbers[number] = None
+                    for index in range(first, first + length):
+                        self._require_free(number, index, block)
+                        block.set(index, 1)
+                        changed.append((number, block, index))
+                # written run by run: the next one may push these blocks out
+                await self._write_blocks(list(numbers))
+                numbers.clear()
+        except BaseException:
+            for number, block, index in changed:
+                self._blocks.setdefault(number, block).set(index, 0)
+            raise
+
+    def _require_free(self, number: int, index: int, block: Block) -> None:
+        cluster = (number << self._block_bits) + index
+        if cluster in self.metadata or cluster in self.tables or block.get(index):
+            raise ImageCorruptError(
+                f"{self._storage.name}: the cluster at "
+                f"{cluster << self._cluster_bits:#x} is in use although its refcount "
+                "says it is free; run 'nbdserve image check' on it"
+            )
+
+    async def _make_blocks(self, start: int, count: int) -> None:
+        """Make sure that a refcount block exists for each cluster of a run."""
+        missing = [
+            number
+            for number, _, _ in self._split(start, count)
+            if number >= len(self._table) or not self._table[number]
+        ]
+        if not missing:
+            return
+        table = self._table
+        fresh: dict[int, int] = {}
+        self._place(missing, table, fresh)
+        entries = max(fresh) + 1
+        grown = table_start = 0
+        if entries > len(table):
+            grown = self._table_clusters(entries)
+            table_start = self._end
+            self._end += grown
+            capacity = grown << self._cluster_bits - 3
+            table = array("Q", self._table) + array("Q", bytes(8)) * (
+                capacity - len(self._table)
+            )
+            for number, _, _ in self._split(table_start, grown):
+                if not table[number] and number not in fresh:
+                    self._place([number], table, fresh)
+        counted = [(cluster, 1) for cluster in fresh.values()]
+        if grown:
+            counted.append((table_start, grown))
+        blocks = await self._write_fresh(fresh, counted)
+        if grown:
+            await self._move_table(table, blocks, table_start, grown)
+        else:
+            await self._enter(blocks)
+
+    def _place(
+        self, missing: list[int], table: "array[int]", fresh: dict[int, int]
+    ) -> None:
+        """Choose clusters at the end of the file for new blocks, and for the blocks of those."""
+        missing = list(missing)
+        while missing:
+            number = missing.pop()
+            if number in fresh:
+                continue
+            fresh[number] = self._end
+            own = self._end >> self._block_bits
+            self._end += 1
+            if own not in fresh and (own >= len(table) or not table[own]):
+                missing.append(own)
+
+    def _table_clusters(self, entries: int) -> int:
+        """Return the clusters of a table with room for `entries`, and for more later."""
+        needed = -(-entries * 8 >> self._cluster_bits)
+        most = max(1, MAX_REFCOUNT_TABLE_BYTES >> self._cluster_bits)
+        if needed > most:
+            raise OSError(
+                EFBIG,
+                f"{self._storage.name}: its refcount table is as large as it may be",
+            )
+        # half as large again, so that growing is rare
+        return min(needed + (needed + 1) // 2, most)
+
+    async def _write_fresh(
+        self, fresh: dict[int, int], counted: list[tuple[int, int]]
+    ) -> dict[int, Block]:
+        """Write new blocks, durably, in which the runs `counted` have a reference."""
+        blocks = {
+            number: Block(
+                cluster << self._cluster_bits,
+                bytearray(self._cluster_size),
+                self._order,
+            )
+            for number, cluster in fresh.items()
+        }
+        touched: list[int] = []
+        for start, count in counted:
+            for number, first, length in self._split(start, count):
+                block = blocks.get(number) or await self._existing(number)
+                for index in range(first, first + length):
+                    block.set(index, 1)
+                if number not in blocks:
+                    touched.append(number)
+        for block in blocks.values():
+            block.changed()
+            await self._storage.write(block.host_offset, bytes(block.data))
+        await self._write_blocks(touched)
+        await self._barrier()
+        return blocks
+
+    async def _enter(self, blocks: dict[int, Block]) -> None:
+        """Enter durable new blocks into the refcount table."""
+        for number, block in blocks.items():
+            await self._storage.write(
+                self._table_offset + 8 * number, _WORD.pack(block.host_offset)
+            )
+        await self._barrier()
+        self._adopt(blocks)
+
+    async def _move_table(
+        self, table: "array[int]", blocks: dict[int, Block], start: int, count: int
+    ) -> None:
+        """Write a larger refcount table, and point the header at it."""
+        for number, block in blocks.items():
+            table[number] = block.host_offset
+        offset = start << self._cluster_bits
+        await self._storage.write(offset, encode_words(table))
+        await self._barrier()
+        await self._storage.write(
+            REFCOUNT_TABLE_GROUP_OFFSET, encode_refcount_table_group(offset, count)
+        )
+        await self._barrier()
+        old_start = self._table_offset >> self._cluster_bits
+        old_count = len(self._table) >> self._cluster_bits - 3
+        self._table = table
+        self._table_offset = offset
+        self._adopt(blocks)
+        self.metadata.update(range(start, start + count))
+        self.metadata.difference_update(range(old_start, old_start + old_count))
+        for run in await self._unreserve(old_start, old_count):
+            await self._zero(*run)
+            self._keep_free(*run)
+
+    def _adopt(self, blocks: dict[int, Block]) -> None:
+        for number, block in blocks.items():
+            self._table[number] = block.host_offset
+            self._keep(number, block)
+            self.metadata.add(block.host_offset >> self._cluster_bits)
+
+    # -- giving back
+
+    async def _unreserve(self, start: int, count: int) -> list[tuple[int, int]]:
+        """See `Pool`."""
+        free: list[tuple[int, int]] = []
+        for number, first, length in self._split(start, count):
+            block = await self._block(number)
+            if block is None:
+                continue
+            for index in range(first, first + length):
+                references = block.get(index)
+                # a count of 0 was wrong already: leave it to the check
+                if references:
+                    block.set(index, references - 1)
+                if references == 1:
+                    cluster = (number << self._block_bits) + index
+                    if free and sum(free[-1]) == cluster:
+                        free[-1] = (free[-1][0], free[-1][1] + 1)
+                    else:
+                        free.append((cluster, 1))
+            await self._write_blocks([number])
+        return free
+
+    # -- searching
+
+    async def _old_holes(
+        self, most: int, known: list[tuple[int, int]]
+    ) -> list[tuple[int, int]]:
+        """See `Pool`: each refcount block is searched once, from the start of the file."""
+        found: list[tuple[int, int]] = []
+        for _ in range(_SEARCH_BLOCKS):
+            if self._searched >= len(self._table):
+                break
+            block = await self._block(self._searched)
+            if block is not None:
+                base = self._searched << self._block_bits
+                used = bytearray(block.used()[: max(self._end - base, 0)])
+                _mark_used(used, base, known)
+                most -= _take_holes(used, base, most, found)
+                if most <= 0:
+                    # the rest of this block is looked at next time
+                    break
+            self._searched += 1
+        return found
+
+    async def find_end(self) -> None:
+        """Move the end of what is in use behind the last cluster with a refcount."""
+        self._end = max(self._end, await self._last_used() + 1)
+
+    async def _last_used(self) -> int:
+        """See `Pool`."""
+        for number in range(len(self._table) - 1, -1, -1):
+            if not self._table[number]:
+                continue
+            block = await self._block(number)
+            if block is None:
+                continue
+            last = block.used().rfind(1)
+            if last >= 0:
+                return (number << self._block_bits) + last
+        return 0
+
+
+async def load_refcount_table(storage: Storage, header: Header) -> "array[int]":
+    """Read the refcount table of an image."""
+    data = bytearray(header.refcount_table_entries * 8)
+    await storage.read(header.refcount_table_offset, memoryview(data))
+    return decode_words(data)
