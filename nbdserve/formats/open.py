@@ -93,7 +93,7 @@ class OpeningImage:
             await device.close()
 
 
-def open_image(
+def open_image(  # noqa: PLR0913 -- keywords, each with a default
     path: str | os.PathLike[str],
     *,
     format: str = "auto",  # noqa: A002 -- the word of the command line and of qemu

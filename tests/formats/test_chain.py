@@ -19,10 +19,9 @@ from nbdserve.errors import (
     NbdserveError,
 )
 from nbdserve.formats import chain
-from nbdserve.formats.chain import BackingReference, ChainOptions, Driver
-from nbdserve.formats.open import RawDriver, backing_of
-from nbdserve.formats.qcow1 import header as qcow1_header
-from nbdserve.formats.qcow2 import header as qcow2_header
+from nbdserve.formats.chain import ChainOptions, Driver
+from nbdserve.formats.open import RawDriver
+from nbdserve.formats.open import drivers as open_drivers
 from nbdserve.formats.raw import RawImage
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
@@ -47,19 +46,9 @@ class Opened(RawImage):
 class HeaderDriver:
     """Reads the real header, and shows the file as it is."""
 
-    def __init__(
-        self,
-        find: Callable[[Storage], object] | None,
-        refuse: Callable[[Storage], None] = lambda storage: None,
-    ) -> None:
-        self.find = find
+    def __init__(self, driver: Driver, refuse: Callable[[Storage], None]) -> None:
+        self.backing = driver.backing
         self.refuse = refuse
-
-    async def backing(self, storage: Storage) -> BackingReference | None:
-        if self.find is None:
-            return None
-        codec = self.find(storage)
-        return await backing_of(storage, codec)  # type: ignore[arg-type]
 
     async def open(
         self,
@@ -77,9 +66,7 @@ def drivers(
     refuse: Callable[[Storage], None] = lambda storage: None,
 ) -> dict[str, Driver]:
     return {
-        "raw": HeaderDriver(None, refuse),
-        "qcow": HeaderDriver(lambda _: qcow1_header, refuse),
-        "qcow2": HeaderDriver(lambda _: qcow2_header, refuse),
+        name: HeaderDriver(driver, refuse) for name, driver in open_drivers().items()
     }
 
 
