@@ -188,35 +188,11 @@ def _qcow2_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
             snapshots, _ = parse_snapshot_table(table, header.nb_snapshots)
         except ImageCorruptError as error:
             warnings.append(str(error))
-    specific: dict[str, Any] = {
-        "compat": header.compat,
-        "compression-type": (
-            "zstd" if header.compression_type == qcow2.COMPRESSION_ZSTD else "zlib"
-        ),
-        "refcount-bits": header.refcount_bits,
-    }
-    if header.version > 2:
-        specific |= {
-            "lazy-refcounts": header.lazy_refcounts,
-            "corrupt": header.corrupt,
-            "extended-l2": header.extended_l2,
-        }
-        try:
-            bitmaps = _bitmaps(fd, header)
-        except ImageCorruptError as error:
-            warnings.append(str(error))
-        else:
-            if bitmaps:
-                specific["bitmaps"] = bitmaps
-    if header.external_data:
-        if header.data_file_name is not None:
-            specific["data-file"] = header.data_file_name
-        specific["data-file-raw"] = bool(
-            header.autoclear_features & qcow2.AUTOCLEAR_DATA_FILE_RAW
-        )
-    if header.crypt_method != qcow2.CRYPT_NONE:
-        method = "aes" if header.crypt_method == qcow2.CRYPT_AES else "luks"
-        specific["encrypt"] = {"format": method}
+    bitmaps: list[dict[str, Any]] = []
+    try:
+        bitmaps = _bitmaps(fd, header)
+    except ImageCorruptError as error:
+        warnings.append(str(error))
     return replace(
         raw,
         format="qcow2",
@@ -227,9 +203,36 @@ def _qcow2_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
         backing_filename=_text(header.backing_name),
         backing_format=header.backing_format if header.backing_name else None,
         snapshots=tuple(snapshots),
-        specific=specific,
+        specific=_specific(header, bitmaps),
         warnings=tuple(warnings),
     )
+
+
+def _specific(header: qcow2.Header, bitmaps: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return the format-specific data, in qemu's order."""
+    zstd = header.compression_type == qcow2.COMPRESSION_ZSTD
+    specific: dict[str, Any] = {
+        "compat": header.compat,
+        "compression-type": "zstd" if zstd else "zlib",
+    }
+    if header.version > 2:
+        specific["lazy-refcounts"] = header.lazy_refcounts
+    if bitmaps:
+        specific["bitmaps"] = bitmaps
+    specific["refcount-bits"] = header.refcount_bits
+    if header.crypt_method != qcow2.CRYPT_NONE:
+        method = "aes" if header.crypt_method == qcow2.CRYPT_AES else "luks"
+        specific["encrypt"] = {"format": method}
+    if header.external_data:
+        if header.data_file_name is not None:
+            specific["data-file"] = header.data_file_name
+        specific["data-file-raw"] = bool(
+            header.autoclear_features & qcow2.AUTOCLEAR_DATA_FILE_RAW
+        )
+    if header.version > 2:
+        specific["corrupt"] = header.corrupt
+        specific["extended-l2"] = header.extended_l2
+    return specific
 
 
 def _bitmaps(fd: int, header: qcow2.Header) -> list[dict[str, Any]]:
@@ -244,9 +247,9 @@ def _bitmaps(fd: int, header: qcow2.Header) -> list[dict[str, Any]]:
     }
     return [
         {
+            "flags": [name for bit, name in flags.items() if bitmap.flags & bit],
             "name": _text(bitmap.name),
             "granularity": 1 << bitmap.granularity_bits,
-            "flags": [name for bit, name in flags.items() if bitmap.flags & bit],
         }
         for bitmap in bitmap_directory.parse_bitmap_directory(
             directory, where.nb_bitmaps
