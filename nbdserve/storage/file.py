@@ -78,26 +78,20 @@ class FileStorage(Storage):
         *,
         read_only: bool = False,
         lock: bool = True,
-        create: bool = False,
     ) -> None:
-        """Open a file.
+        """Open an existing file.
 
         Args:
             path: A regular file or block device, by any name.
             read_only: Whether to refuse changes.
             lock: Whether to take the locks that exclude other writers, and fail if
                 another process holds them. Without, what is read may change meanwhile.
-            create: Whether to make it, empty; then it must not exist yet. See
-                `create_file` for a name that is durable.
 
         Raises:
-            ConfigError: There is no such file (or there is one already), it is
-                something else, or no permission.
+            ConfigError: There is no such file, it is something else, or no permission.
             ImageInUseError: Another process has it open in a way that excludes ours.
         """
         flags = os.O_RDONLY if read_only else os.O_RDWR
-        if create:
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         self.path = path
         self.name = shown(path)
         self.read_only = read_only
@@ -301,36 +295,14 @@ class FileStorage(Storage):
         return call
 
 
-async def create_file(path: str | os.PathLike[str], *, size: int = 0) -> FileStorage:
-    """Make a new file of `size` bytes, open and locked for writing.
-
-    The name is durable on return (fsync of the folder), the content is not.
-
-    Raises:
-        ConfigError: The file exists, or can't be made there.
-    """
-    storage = FileStorage(path, create=True)
-    try:
-        await storage.truncate(size)
-        await run(_sync_folder_of, path)
-    except OSError as error:
-        await storage.close()
-        os.unlink(path)
-        raise ConfigError(f"{storage.name}: {error.strerror}") from error
-    return storage
-
-
 def _open_descriptor(path: str | os.PathLike[str], flags: int) -> int:
     """Open without ever hanging on a FIFO or rewinding a tape."""
     name = shown(path)
     try:
-        if not flags & os.O_CREAT:
-            # Opening some devices has effects, so look before.
-            _require_disk(name, os.stat(path))
+        # Opening some devices has effects, so look before.
+        _require_disk(name, os.stat(path))
         # O_NONBLOCK: it may have become a FIFO meanwhile, and opening would hang.
-        fd = os.open(
-            path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY, mode=0o666
-        )
+        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         os.set_blocking(fd, True)
     except OSError as error:
         raise ConfigError(f"{name}: {error.strerror}") from error
@@ -413,12 +385,3 @@ def _next_extent(fd: int, position: int, end: int) -> tuple[int, bool]:
         if error.errno == errno.EINVAL:  # a file system that can't tell
             return end, True
         raise
-
-
-def _sync_folder_of(path: str | os.PathLike[str]) -> None:
-    folder = os.path.dirname(os.path.abspath(path))
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

@@ -1,5 +1,6 @@
 """Backing files: found where qemu finds them, and only where the operator allows."""
 
+import errno
 import os
 import subprocess
 import sys
@@ -31,9 +32,15 @@ class Opened(RawImage):
     """Stands for an image of any format; closes its backing file as engines do."""
 
     def __init__(
-        self, storage: Storage, *, read_only: bool, backing: BlockDevice | None
+        self,
+        storage: Storage,
+        image_format: str,
+        *,
+        read_only: bool,
+        backing: BlockDevice | None,
     ) -> None:
         super().__init__(storage, read_only=read_only)
+        self.format = image_format
         self.name = storage.name
         self.backing = backing
 
@@ -46,7 +53,10 @@ class Opened(RawImage):
 class HeaderDriver:
     """Reads the real header, and shows the file as it is."""
 
-    def __init__(self, driver: Driver, refuse: Callable[[Storage], None]) -> None:
+    def __init__(
+        self, name: str, driver: Driver, refuse: Callable[[Storage], None]
+    ) -> None:
+        self.name = name
         self.backing = driver.backing
         self.refuse = refuse
 
@@ -59,14 +69,15 @@ class HeaderDriver:
         writethrough: bool,
     ) -> BlockDevice:
         self.refuse(storage)
-        return Opened(storage, read_only=read_only, backing=backing)
+        return Opened(storage, self.name, read_only=read_only, backing=backing)
 
 
 def drivers(
     refuse: Callable[[Storage], None] = lambda storage: None,
 ) -> dict[str, Driver]:
     return {
-        name: HeaderDriver(driver, refuse) for name, driver in open_drivers().items()
+        name: HeaderDriver(name, driver, refuse)
+        for name, driver in open_drivers().items()
     }
 
 
@@ -187,8 +198,11 @@ class TestAllowed:
         create(tmp_path / "base", image_format=base_format)
         top = create(tmp_path / "top.qcow2", "base", base_format)
         drop_backing_format(top)
-        links = await chain.backing_chain(top, ChainOptions(), drivers())
-        assert [format_ for _, format_ in links] == ["qcow2", expected]
+        device = await chain.open_chain(top, ChainOptions(), drivers())
+        assert isinstance(device, Opened)
+        assert isinstance(device.backing, Opened)
+        assert (device.format, device.backing.format) == ("qcow2", expected)
+        await device.close()
 
     async def test_recorded_raw_is_not_probed(self, tmp_path: Path) -> None:
         create(tmp_path / "inner.qcow2", "/etc/shadow", "raw")
@@ -350,6 +364,19 @@ class TestRefused:
             with pytest.raises(ImageError, match=rf"{victim}\.qcow2: the engine"):
                 await chain.open_chain(top, ChainOptions(), drivers(refuse))
             assert descriptors() == before
+
+    async def test_a_disk_that_fails_is_an_image_error(self, tmp_path: Path) -> None:
+        top = create(tmp_path / "top.qcow2")
+
+        def refuse(storage: Storage) -> None:
+            raise OSError(errno.EIO, "whatever")
+
+        before = descriptors()
+        with pytest.raises(
+            ImageError, match=r"top\.qcow2: can't be opened: Input/output error"
+        ):
+            await chain.open_chain(top, ChainOptions(), drivers(refuse))
+        assert descriptors() == before
 
     async def test_no_driver(self, tmp_path: Path) -> None:
         top = create(tmp_path / "top.qcow2")

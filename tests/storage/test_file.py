@@ -14,7 +14,7 @@ import pytest
 
 from nbdserve.errors import ConfigError
 from nbdserve.storage import executor
-from nbdserve.storage.file import INLINE_LIMIT, FileStorage, create_file
+from nbdserve.storage.file import INLINE_LIMIT, FileStorage
 from nbdserve.storage.pace import PAUSE_S, STALL_S, Pace
 
 MIB = 1 << 20
@@ -31,6 +31,12 @@ def path(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Path]:
     file.write_bytes(os.urandom(MIB))
     yield file
     file.unlink()
+
+
+def created(path: Path, size: int) -> FileStorage:
+    path.touch()
+    os.truncate(path, size)
+    return FileStorage(path)
 
 
 async def read(storage: FileStorage, offset: int, length: int) -> bytes:
@@ -158,7 +164,7 @@ async def test_a_large_punch_goes_through_a_thread(path: Path) -> None:
 
 async def test_zero_range_keeps_storage_or_says_no() -> None:
     path = Path.cwd() / ".pytest_cache" / f"zero-{os.getpid()}"
-    storage = await create_file(path, size=0)
+    storage = created(path, 0)
     try:
         await storage.write(0, b"x" * MIB)
         await storage.flush()
@@ -173,7 +179,7 @@ async def test_zero_range_keeps_storage_or_says_no() -> None:
 
 async def test_tmpfs_has_no_zero_range() -> None:
     path = Path("/dev/shm") / f"nbdserve-zero-{os.getpid()}"
-    storage = await create_file(path, size=MIB)
+    storage = created(path, MIB)
     try:
         for _ in range(2):
             with pytest.raises(OSError, match="not supported") as error:
@@ -187,7 +193,7 @@ async def test_tmpfs_has_no_zero_range() -> None:
 
 async def test_many_extents_let_others_run() -> None:
     path = Path("/dev/shm") / f"nbdserve-extents-{os.getpid()}"
-    storage = await create_file(path, size=8 * MIB)
+    storage = created(path, 8 * MIB)
     turns = 0
 
     async def other() -> None:
@@ -266,6 +272,52 @@ def test_pace_forgives_rare_stalls() -> None:
     assert pace.resume_at_s > now_s
 
 
+async def test_another_call_with_the_descriptor(path: Path) -> None:
+    storage = FileStorage(path)
+    assert await storage.call(lambda fd: os.pwrite(fd, b"more", MIB)) == 4
+    assert storage.size == MIB + 4
+    await storage.close()
+
+
+async def test_without_nowait_slow_reads_move_to_threads(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = iter([100.0, 100.2, 100.3, 100.2 + PAUSE_S + 0.1, 101.4])
+    monkeypatch.setattr("nbdserve.storage.file.perf_counter", lambda: next(clock))
+    path = Path("/dev/shm") / f"nbdserve-slow-{os.getpid()}"
+    storage = created(path, MIB)
+    buffer = memoryview(bytearray(512))
+    assert storage.try_read(0, buffer)
+    assert not storage.try_read(0, buffer)
+    assert storage.try_read(0, buffer)
+    await storage.close()
+    path.unlink()
+
+
+async def test_slow_punches_move_to_threads(
+    path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = iter([100.0, 100.2, 100.3])
+    monkeypatch.setattr("nbdserve.storage.file.perf_counter", lambda: next(clock))
+    storage = FileStorage(path)
+    await storage.punch(0, 4096)
+    punching = storage.punch(4096, 4096)
+    assert punching.send(None) is not None  # it waits for a thread
+    punching.close()
+    await storage.close()
+    assert path.read_bytes()[:8192] == bytes(8192)
+
+
+async def test_empty_ranges(path: Path) -> None:
+    storage = FileStorage(path)
+    assert storage.try_read(0, memoryview(bytearray()))
+    assert storage.try_write(0, b"")
+    await storage.zero(0, 0, unmap=True)
+    assert await storage.extents(0, 0) == []
+    assert storage.size == MIB
+    await storage.close()
+
+
 class TestOpening:
     """What a person gets wrong."""
 
@@ -320,19 +372,6 @@ class TestOpening:
             check=True,
         )
         assert result.stdout == "ConfigError secret.img: Permission denied\n"
-
-    async def test_create_refuses_an_existing_file(self, tmp_path: Path) -> None:
-        (tmp_path / "a").write_bytes(b"precious")
-        with pytest.raises(ConfigError, match="File exists"):
-            await create_file(tmp_path / "a", size=0)
-        assert (tmp_path / "a").read_bytes() == b"precious"
-
-    async def test_create_leaves_nothing_behind_when_it_fails(
-        self, tmp_path: Path
-    ) -> None:
-        with pytest.raises(ConfigError, match="a: "):
-            await create_file(tmp_path / "a", size=1 << 62)
-        assert not (tmp_path / "a").exists()
 
 
 class TestBlockDevice:
