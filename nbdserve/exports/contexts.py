@@ -5,9 +5,9 @@ from typing import Final
 from nbdserve.block.device import BlockDevice
 from nbdserve.wire.constants import State
 
-#: Extents of one reply: 1 MiB of descriptors, as many as qemu sends. doc/proto.md
-#: allows 2^20; a client asks again from where a reply ends.
-MAX_EXTENTS: Final = 1 << 17
+#: Extents of one reply: describing so many takes about 10 ms, in which no other client is
+#: served. doc/proto.md allows 2^20; a client asks again from where a reply ends.
+MAX_EXTENTS: Final = 1 << 14
 
 _HOLE: Final = int(State.HOLE)
 _ZERO: Final = int(State.ZERO)

@@ -66,7 +66,7 @@ class NbdClient:
     async def connect_unix(cls, path: str | Path) -> Self:
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, str(path))
+        await _connect(sock, str(path))
         return cls(sock)
 
     @classmethod
@@ -74,7 +74,7 @@ class NbdClient:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         sock = socket.socket(family, socket.SOCK_STREAM)
         sock.setblocking(False)
-        await asyncio.get_running_loop().sock_connect(sock, (host, port))
+        await _connect(sock, (host, port))
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         return cls(sock)
 
@@ -270,6 +270,14 @@ class NbdClient:
                     future.set_exception(failure)
                     future.exception()  # whoever waits sees it; nobody has to
             self._waiting.clear()
+
+
+async def _connect(sock: socket.socket, address: str | tuple[str, int]) -> None:
+    try:
+        await asyncio.get_running_loop().sock_connect(sock, address)
+    except BaseException:
+        sock.close()
+        raise
 
 
 def error_name(failure: NbdRequestFailed) -> str:

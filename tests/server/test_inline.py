@@ -1,10 +1,13 @@
 import asyncio
 import types
-from collections.abc import Awaitable, Generator
+from collections.abc import Awaitable, Coroutine, Generator
+from typing import Any, TypeVar
 
 import pytest
 
 from nbdserve.server.inline import start
+
+T = TypeVar("T")
 
 
 async def test_a_coroutine_that_need_not_wait_needs_no_task() -> None:
@@ -24,8 +27,8 @@ async def test_an_exception_of_the_first_step_comes_at_once() -> None:
         start(asyncio.get_running_loop(), fails())
 
 
-def suspended(coroutine: object) -> asyncio.Task[object]:
-    done, task = start(asyncio.get_running_loop(), coroutine)  # type: ignore[arg-type]
+def suspended(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+    done, task = start(asyncio.get_running_loop(), coroutine)
     assert not done
     assert isinstance(task, asyncio.Task)
     return task
