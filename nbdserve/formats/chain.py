@@ -124,6 +124,25 @@ async def open_chain(
         raise _unreadable(path, error) from error
 
 
+async def backing_chain(
+    path: str | os.PathLike[str], options: ChainOptions, drivers: Mapping[str, Driver]
+) -> list[tuple[str, str]]:
+    """Return (name, format) of the image at `path` and of all its backing files.
+
+    Raises:
+        ConfigError: `path` can't be opened.
+        ImageError: An image of the chain can't be used.
+    """
+    links: list[_Link] = []
+    try:
+        await _open_files(links, path, options, drivers)
+        return [(link.storage.name, link.format) for link in links]
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    finally:
+        await _close_all(links)
+
+
 async def _open_files(
     links: list[_Link],
     path: str | os.PathLike[str],

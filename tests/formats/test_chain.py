@@ -204,6 +204,18 @@ class TestAllowed:
         assert (device.format, device.backing.format) == ("qcow2", expected)
         await device.close()
 
+    async def test_the_chain_can_be_listed(self, tmp_path: Path) -> None:
+        base = tmp_path / "base.raw"
+        base.write_bytes(bytes(512))
+        top = create(tmp_path / "top.qcow2", "base.raw", "raw")
+        before = descriptors()
+        listed = await chain.backing_chain(top, ChainOptions(), drivers())
+        assert listed == [(str(top), "qcow2"), (str(base), "raw")]
+        base.unlink()
+        with pytest.raises(BackingFileError, match=r"base\.raw can't be opened"):
+            await chain.backing_chain(top, ChainOptions(), drivers())
+        assert descriptors() == before
+
     async def test_recorded_raw_is_not_probed(self, tmp_path: Path) -> None:
         create(tmp_path / "inner.qcow2", "/etc/shadow", "raw")
         top = create(tmp_path / "top.qcow2", "inner.qcow2", "raw")
