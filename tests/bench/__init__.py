@@ -1,0 +1,1 @@
+"""Side by side figures of nbdserve, qemu-nbd and nbdkit: ``python -m tests.bench``."""
