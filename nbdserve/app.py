@@ -16,7 +16,6 @@ import uvloop
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
-from nbdserve.config.units import format_size
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
@@ -49,10 +48,17 @@ class ServedImage:
 
 @dataclass(frozen=True, slots=True)
 class Serving:
-    """What runs now, and where clients find it."""
+    """What runs now, and where clients find it.
+
+    Attributes:
+        images: In the order of the command line.
+        endpoints: At least one.
+        activated: Whether whoever started us made the sockets.
+    """
 
     images: tuple[ServedImage, ...]
     endpoints: tuple[Endpoint, ...]
+    activated: bool
 
 
 def serve(config: ServeConfig, announce: Callable[[Serving], None]) -> None:
@@ -69,10 +75,14 @@ def serve(config: ServeConfig, announce: Callable[[Serving], None]) -> None:
         ImageError: An image can't be used; at the end: could not be closed cleanly.
         OSError: At the end: something could not be made durable.
     """
-    listeners = _listen(config)
+    activated = activated_listeners()
+    _judge_activation(config, activated)
+    listeners = activated or _listen(config)
     try:
-        note = _create(config)
-        uvloop.run(_serve(config, listeners, announce, note))
+        made = _create(config)
+        uvloop.run(
+            _serve(config, listeners, announce, made=made, activated=bool(activated))
+        )
     finally:
         for listener in listeners:
             listener.close()
@@ -82,7 +92,9 @@ async def _serve(
     config: ServeConfig,
     listeners: list[Listener],
     announce: Callable[[Serving], None],
-    note: Callable[[BlockDevice], None],
+    *,
+    made: bool,
+    activated: bool,
 ) -> None:
     stop = asyncio.Event()
     _stop_on_signals(stop)
@@ -90,16 +102,26 @@ async def _serve(
     if stop.is_set():
         await _close(registry)
         return
-    for export in registry:
-        note(export.device)
+    if not made:
+        _note_another_size(config, registry)
     server = Server(registry, listeners)
-    reloads = _flush_on_hangup(registry)
+    flushes = _flush_on_hangup(registry)
     server.start()
-    announce(_serving(config, registry, server))
-    try:
-        await server.serve_until(stop)
-    finally:
-        await asyncio.gather(*reloads, return_exceptions=True)
+    images = tuple(
+        ServedImage(image.name, image.path, export.device.size, export.device.read_only)
+        for image, export in zip(config.images, registry, strict=True)
+    )
+    announce(Serving(images, tuple(server.endpoints), activated))
+    await server.serve_until(stop)
+    await asyncio.gather(*flushes)
+
+
+def _judge_activation(config: ServeConfig, activated: list[Listener]) -> None:
+    if activated and (config.listen or config.unix):
+        raise ConfigError(
+            "systemd has handed over the sockets to listen on: remove --listen and"
+            " --unix, or add the address to the socket unit"
+        )
 
 
 def _listen(config: ServeConfig) -> list[Listener]:
@@ -108,9 +130,8 @@ def _listen(config: ServeConfig) -> list[Listener]:
     Raises:
         ConfigError: One can't be used.
     """
-    listeners = activated_listeners()
+    listeners: list[Listener] = []
     try:
-        _judge_activation(config, listeners)
         for address in config.listen:
             listeners += listen_tcp(address.host, address.port)
         for path in config.unix:
@@ -124,45 +145,32 @@ def _listen(config: ServeConfig) -> list[Listener]:
     return listeners
 
 
-def _judge_activation(config: ServeConfig, activated: list[Listener]) -> None:
-    if activated and (config.listen or config.unix):
-        raise ConfigError(
-            "systemd has handed over the sockets to listen on: remove --listen and"
-            " --unix, or add the address to the socket unit"
-        )
-
-
-def _create(config: ServeConfig) -> Callable[[BlockDevice], None]:
+def _create(config: ServeConfig) -> bool:
     """Make the image of `--create` if it is missing.
 
     Returns:
-        What to do once the image is open: note that an existing one has another size.
+        Whether it was made now.
 
     Raises:
         ConfigError: It can't be made.
     """
-    size = config.create_size
-    if size is None:
-        return _nothing_to_note
     path = config.images[0].path
-    if not os.path.lexists(path):
-        create_image(path, size, format=config.format or "qcow2")
-        return _nothing_to_note
+    if config.create_size is None or os.path.lexists(path):
+        return False
+    create_image(path, config.create_size, format=config.format or "qcow2")
+    return True
 
-    def note(device: BlockDevice) -> None:
-        if device.size != size:
+
+def _note_another_size(config: ServeConfig, registry: Registry) -> None:
+    """Say so where `--create` found an image of another size."""
+    for export in registry:
+        if config.create_size not in {None, export.device.size}:
             structlog.get_logger().warning(
                 "the image exists with another size and is left as it is",
-                image=shown(path),
-                size=format_size(device.size),
-                create=format_size(size),
+                image=shown(config.images[0].path),
+                size=export.device.size,
+                create=config.create_size,
             )
-
-    return note
-
-
-def _nothing_to_note(_: BlockDevice) -> None:
-    """Take the place of a note where there is none."""
 
 
 async def _open_exports(config: ServeConfig) -> Registry:
@@ -193,6 +201,7 @@ async def _open(
         read_only=config.read_only,
         allow_backing=config.allow_backing,
         cache=config.cache,
+        state_dir=state_dir,
     )
 
 
@@ -232,14 +241,6 @@ def _state_dir(config: ServeConfig, environment: Mapping[str, str]) -> str | Non
         if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
             return folder
     return None
-
-
-def _serving(config: ServeConfig, registry: Registry, server: Server) -> Serving:
-    images = tuple(
-        ServedImage(image.name, image.path, export.device.size, export.device.read_only)
-        for image, export in zip(config.images, registry, strict=True)
-    )
-    return Serving(images, tuple(server.endpoints))
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

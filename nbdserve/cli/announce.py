@@ -3,6 +3,8 @@
 import os
 import shlex
 
+import structlog
+
 from nbdserve.app import Serving
 from nbdserve.config.units import format_size
 from nbdserve.server.listeners import Endpoint, TcpEndpoint
@@ -11,6 +13,23 @@ from nbdserve.wire.uri import NbdUri
 
 #: What a client on this machine connects to where the server listens everywhere.
 _WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # noqa: S104 -- nothing is bound
+
+
+def announce(serving: Serving) -> None:
+    """Tell whoever started the server where its exports are.
+
+    One that made the sockets itself knows, and its stdout may be ours
+    (`nbdinfo --json -- [ nbdserve serve ... ]`): then only the log says it.
+    """
+    if serving.activated:
+        uris = [
+            _uri(endpoint, image.name)
+            for image in serving.images
+            for endpoint in serving.endpoints
+        ]
+        structlog.get_logger().info("serving", uris=uris)
+    else:
+        print(announcement(serving), flush=True)
 
 
 def announcement(serving: Serving) -> str:

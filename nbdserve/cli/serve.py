@@ -135,11 +135,11 @@ def run(arguments: argparse.Namespace) -> int:
         state_dir=arguments.state_dir,
     )
     from nbdserve import app
-    from nbdserve.cli.announce import announcement
+    from nbdserve.cli.announce import announce
     from nbdserve.observe.logs import configure
 
     configure(arguments.log_format, arguments.log_level)
-    app.serve(config, lambda serving: print(announcement(serving), flush=True))
+    app.serve(config, announce)
     return 0
 
 

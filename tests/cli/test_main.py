@@ -16,7 +16,6 @@ HEAVY = (
     "uvloop",
     "ssl",
     "backports",
-    "zlib",
     "typing_extensions",
 )
 HEAVY_PACKAGES = ("formats", "block", "storage", "server", "exports", "wire", "app")

@@ -1,0 +1,79 @@
+"""`nbdserve image map`: where an image and its backing files hold data."""
+
+import argparse
+import json
+
+TAKES = "PATH"
+
+DESCRIPTION = """\
+Show which ranges of a disk hold data, and in which file of its chain. The image
+may be in use; what is being written may be missing."""
+
+EXAMPLES = """\
+examples:
+  nbdserve image map disk.qcow2
+  nbdserve image map disk.qcow2 --json"""
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("path", metavar="PATH", help="the image")
+    parser.add_argument(
+        "--json",
+        action="store_true",
+        help="for programs, with the field names of qemu-img map; every range, zeros"
+        " and holes too",
+    )
+    parser.add_argument(
+        "--allow-backing",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="also open backing files below DIR, not only from the image's own folder",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the map as it is found: that of a large disk may be long."""
+    import asyncio
+
+    from nbdserve.cli.image import named_errors
+
+    with named_errors(arguments.path):
+        asyncio.run(_print_map(arguments))
+    return 0
+
+
+async def _print_map(arguments: argparse.Namespace) -> None:
+    from nbdserve.formats.map import as_text, map_entries
+    from nbdserve.formats.open import open_image
+
+    async with open_image(
+        arguments.path,
+        read_only=True,
+        allow_backing=arguments.allow_backing,
+        lock=False,
+    ) as device:
+        if arguments.json:
+            separator = "["
+            async for entry in map_entries(device):
+                print(separator + json.dumps(entry.as_json()), end="")
+                separator = ",\n"
+            print("[]" if separator == "[" else "]")
+        else:
+            entries = [entry async for entry in map_entries(device)]
+            print(as_text(entries, _file_names(arguments.path)), end="")
+
+
+def _file_names(path: str) -> list[str]:
+    """Return the files of a chain, which was opened and so is finite and allowed."""
+    from nbdserve.formats.info import image_info
+
+    names = []
+    following: str | None = path
+    image_format = None
+    while following is not None:
+        names.append(following)
+        info = image_info(following, format=image_format)
+        following, image_format = info.full_backing_filename, info.backing_format
+    return names
