@@ -291,7 +291,7 @@ def test_an_explicit_address_beside_activated_sockets_is_an_error(
         result = subprocess.run(
             [sys.executable, "-c", code, str(activated.fileno())],
             cwd=tmp_path,
-            pass_fds=[activated.fileno(), 3] if activated.fileno() != 3 else [3],
+            pass_fds=[activated.fileno()],
             capture_output=True,
             text=True,
             timeout=30,
