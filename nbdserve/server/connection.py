@@ -27,7 +27,9 @@ from nbdserve.wire.requests import REQUEST, bad_magic
 from nbdserve.wire.transmission import drain_length
 from nbdserve.wire.validate import ExportFacts, Refusal, judge
 
-#: Bytes that are received at once: a burst of 32 writes of 4 KiB with ease.
+#: Bytes of the memory that receives, and of what is received at once: a burst of
+#: 32 writes of 4 KiB with ease, behind what may be left of the last turn.
+RECEIVE_ARENA: Final = 256 << 10
 _RECEIVE: Final = 192 << 10
 #: The payload of a longer write gets its own buffer if it is not there yet, in which
 #: the rest arrives where the disk takes it from. Up to here it is copied instead.

@@ -17,11 +17,12 @@ from typing import Final
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import Buffer, BufferPool
 
-#: Bytes of an arena. It stays in the second-level cache of today's CPUs, and holds the
-#: replies to 32 reads of 4 KiB with ease.
-ARENA_SIZE: Final = 256 << 10
-#: Replies longer than this get a buffer of their own.
-_LARGE: Final = ARENA_SIZE // 2
+#: Bytes of replies that leave at once: 16 reads of 4 KiB. Sending 256 KiB at once instead
+#: saves system calls, and a fifth of the throughput: the client has less to do
+#: while the server works.
+REPLY_ARENA: Final = 64 << 10
+#: Replies longer than this get a buffer of their own, and are sent at once.
+_LARGE: Final = REPLY_ARENA // 2
 #: Linux takes up to 1024 (IOV_MAX) in one call; more than a few gain nothing.
 _PIECES_PER_CALL: Final = 64
 
@@ -31,19 +32,21 @@ class Arena:
 
     Attributes:
         pool: Where buffers come from.
+        size: Bytes of it.
         buffer: What is being filled, from `position` on.
     """
 
-    __slots__ = ("buffer", "pool")
+    __slots__ = ("buffer", "pool", "size")
 
-    def __init__(self, pool: BufferPool) -> None:
+    def __init__(self, pool: BufferPool, size: int) -> None:
         self.pool = pool
-        self.buffer = pool.take(ARENA_SIZE)
+        self.size = size
+        self.buffer = pool.take(size)
 
     def renew(self) -> Buffer:
         """Leave the buffer to those who use parts of it, and go on with another."""
         self.buffer.unpin()
-        self.buffer = self.pool.take(ARENA_SIZE)
+        self.buffer = self.pool.take(self.size)
         return self.buffer
 
     def close(self) -> None:
@@ -168,9 +171,11 @@ class Outbox:
             self._end_run(start)
             self._run_start = buffer.position
             buffer.pin()
+            self._enqueue(view, parts, buffer)
         else:
             self._end_run()
-        self._enqueue(view, parts, buffer)
+            self._enqueue(view, parts, buffer)
+            self.flush()
 
     def send_late(self, buffer: Buffer, parts: Sequence[tuple[int, int]]) -> None:
         """Send parts of what was detached, outside of a turn."""

@@ -13,7 +13,7 @@ from nbdserve.errors import ImageError, ProtocolError
 from nbdserve.exports.registry import Registry
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import BufferPool
-from nbdserve.server.connection import Connection, Shared
+from nbdserve.server.connection import RECEIVE_ARENA, Connection, Shared
 from nbdserve.server.limits import Limits
 from nbdserve.server.listeners import Endpoint, Listener
 from nbdserve.server.negotiation import Chosen, negotiate
@@ -23,7 +23,7 @@ from nbdserve.server.notify import (
     notify_stopping,
     watchdog_interval_s,
 )
-from nbdserve.server.outbox import Arena
+from nbdserve.server.outbox import REPLY_ARENA, Arena
 from nbdserve.wire.handshake import ServerHandshake
 
 #: Clients accepted in one go; the loop comes back for more.
@@ -87,8 +87,8 @@ class Server:
         self._loop = asyncio.get_running_loop()
         self._shared = Shared(
             self._limits,
-            incoming=Arena(self._pool),
-            outgoing=Arena(self._pool),
+            incoming=Arena(self._pool, RECEIVE_ARENA),
+            outgoing=Arena(self._pool, REPLY_ARENA),
             budget=Budget(self._limits.total_bytes_in_flight),
         )
         for listener in self.listeners:

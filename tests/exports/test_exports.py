@@ -71,7 +71,7 @@ async def test_base_allocation_merges_and_never_leaves_the_request() -> None:
 
 
 async def test_the_number_of_extents_is_bounded() -> None:
-    disk = MemoryDisk(1 << 30)
+    disk = MemoryDisk(512)
     disk.extents = [
         Extent(512, data=bool(number % 2), zero=False)
         for number in range(MAX_EXTENTS + 10)
