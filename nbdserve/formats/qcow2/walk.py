@@ -416,12 +416,6 @@ class Walk:
         for index, word in enumerate(self.refcount_table):
             if not word:
                 continue
-            at = header.refcount_table_offset + index * 8
-            if word & REFCOUNT_TABLE_RESERVED_MASK:
-                self.result.corruption(
-                    f"refcount table entry {index} at {at:#x} is {word:#018x}:"
-                    " reserved bits are set"
-                )
             block = word & ~REFCOUNT_TABLE_RESERVED_MASK
             cluster = block >> header.cluster_bits
             problem = None
@@ -432,26 +426,31 @@ class Walk:
                 problem = "lies past the end of the file"
                 if block > MAX_OFFSET:
                     self.unreadable_blocks.add(index)
+            elif word & REFCOUNT_TABLE_RESERVED_MASK:
+                # As in qemu: the block's counts are good, itself counts as unused.
+                problem = "is named by an entry with reserved bits"
+                blocks.append((index, cluster))
             if problem:
                 self.rebuild_needed = True
                 self.result.corruption(
-                    f"refcount table entry {index} at {at:#x}: the block {block:#x}"
-                    f" {problem}"
+                    f"refcount table entry {index} at"
+                    f" {header.refcount_table_offset + index * 8:#x} is {word:#018x}:"
+                    f" the block {problem}"
                 )
                 continue
             self.used.add(cluster, 1)
             blocks.append((index, cluster))
+            if self.used[cluster] != 1:
+                self.rebuild_needed = True
+                self.result.corruption(
+                    f"refcount block {index} at {block:#x} is used"
+                    f" {self.used[cluster]} times"
+                )
         for index, cluster in blocks:
             self._refcount_block(index, cluster)
 
     def _refcount_block(self, index: int, cluster: int) -> None:
         header = self.header
-        if self.used[cluster] != 1:
-            self.rebuild_needed = True
-            self.result.corruption(
-                f"refcount block {index} at {cluster << header.cluster_bits:#x} is used"
-                f" {self.used[cluster]} times"
-            )
         block = self.file.read(cluster << header.cluster_bits, header.cluster_size)
         if block.count(0) == len(block):
             return
