@@ -135,16 +135,21 @@ class Allocator:
             try:
                 await self._prepare()
                 table = await self._tables.load(number)
-                if table is not None and await self._owned(table.host_offset, True):
-                    table.owned = True
-                    return table
-                return await self._allocate_table(TableAllocation(number, table))
+                if table is None:
+                    return await self._allocate_table(TableAllocation(number, None))
+                # A table that left the cache meanwhile would be loaded a second time.
+                table.users += 1
+                try:
+                    if await self._owned(table.host_offset, True):
+                        table.owned = True
+                        return table
+                    return await self._allocate_table(TableAllocation(number, table))
+                finally:
+                    table.users -= 1
             finally:
                 self._tables_busy.leave(number)
 
     async def _allocate_table(self, allocation: TableAllocation) -> Table:
-        if allocation.old is not None:
-            allocation.old.users += 1
         try:
             await self._l2_alloc(allocation)
             allocation.step = Step.L2_LINK
@@ -152,9 +157,6 @@ class Allocator:
         except BaseException:
             self._roll_table_back(allocation)
             raise
-        finally:
-            if allocation.old is not None:
-                allocation.old.users -= 1
 
     async def _l2_alloc(self, allocation: TableAllocation) -> None:
         """L2_ALLOC: take clusters that read as zeros; copy the shared table there."""
@@ -186,7 +188,11 @@ class Allocator:
             self._commit.free(old.host_offset, self._geometry.l2_bytes)
         self._tables.add(table)
         if not survives:
-            await self._commit.flush()
+            table.users += 1
+            try:
+                await self._commit.flush()
+            finally:
+                table.users -= 1
         return table
 
     def _roll_table_back(self, allocation: TableAllocation) -> None:
@@ -406,7 +412,12 @@ class Allocator:
             return False
         kind = self._codec.classify(word)
         if kind == NORMAL:
-            if not await self._owned(word & self._codec.l2_offset_mask, False):
+            # It may have been given to others since, or freed as a leak by a check.
+            host_offset = word & self._codec.l2_offset_mask
+            if (
+                host_offset >= self._storage.size
+                or await self._pool.references(host_offset) != 1
+            ):
                 return False
             kind = OWNED
         replaced = self.named(table, index, 1)
@@ -416,7 +427,11 @@ class Allocator:
         return True
 
     def named(self, table: Table, index: int, count: int) -> list[tuple[int, int]]:
-        """Return what `count` entries name: host offsets and lengths in bytes."""
+        """Return what `count` entries name: host offsets and lengths in bytes.
+
+        Raises:
+            ImageCorruptError: They name a table, which must never be given back.
+        """
         extents: list[tuple[int, int]] = []
         for position in range(index, index + count):
             kind = self._mapping.kind(table, position)
@@ -426,4 +441,6 @@ class Allocator:
                 extents.append((host_offset, self._geometry.cluster_size))
             elif kind == COMPRESSED:
                 extents.append(self._codec.compressed_extent(word))
+        for extent in extents:
+            self._pool.require_data(*extent)
         return extents

@@ -266,7 +266,8 @@ class Committer:
             self._committing = {}
             if not done:
                 self.dirty = True
-                self._held.update(held)
+                # some of them may be in the file now
+                self._held.update(dict.fromkeys(held))
                 self._freed = freed + self._freed
             ended, self._commit_ended = self._commit_ended, []
             for waiter in ended:
@@ -312,9 +313,10 @@ class Committer:
         Raises:
             OSError: Something could not be made durable.
         """
-        self._cancel_timer()
-        await self.flush()
-        self._cancel_timer()
+        try:
+            await self.flush()
+        finally:
+            self._cancel_timer()
         while self._releasing:
             await asyncio.gather(*self._releasing)
 

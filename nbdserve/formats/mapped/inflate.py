@@ -81,14 +81,24 @@ class Inflater:
             ImageCorruptError: The data don't make exactly one cluster.
             OSError: They can't be read.
         """
-        while True:
+        kept = self._kept.get(word)
+        if kept is not None:
+            self._kept.move_to_end(word)
+            return kept
+        # Pinned while waiting too: if the one before fails, the data are read again.
+        generation = self._pins.enter()
+        try:
+            return await self._shared(word, host_offset, length)
+        finally:
+            self._pins.leave(generation)
+
+    async def _shared(self, word: int, host_offset: int, length: int) -> bytes:
+        """Wait for whoever decompresses this cluster already, or do it."""
+        while word in self._busy:
+            await self._busy.wait(word)
             kept = self._kept.get(word)
             if kept is not None:
-                self._kept.move_to_end(word)
                 return kept
-            if word not in self._busy:
-                break
-            await self._busy.wait(word)
         self._busy.enter(word)
         try:
             result = await self._load(host_offset, length)
@@ -107,7 +117,6 @@ class Inflater:
             )
         data = bytearray(min(length, self._storage.size - host_offset))
         view = memoryview(data)
-        generation = self._pins.enter()
         try:
             if not self._storage.try_read(host_offset, view):
                 await self._storage.read(host_offset, view)
@@ -117,5 +126,3 @@ class Inflater:
                 f"{self._storage.name}: the compressed cluster at {host_offset:#x} "
                 f"can't be decompressed ({error})"
             ) from error
-        finally:
-            self._pins.leave(generation)

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from errno import ENOSPC, EOPNOTSUPP
 from typing import Final, NamedTuple
 
+from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.commit import Freed
 from nbdserve.storage.base import Storage
 
@@ -123,10 +124,6 @@ class Pool(ABC):
             most: Clusters wanted.
             known: Runs known to be free already.
         """
-
-    @abstractmethod
-    async def _last_used(self) -> int:
-        """Return the number of the last cluster in use; nothing is reserved any more."""
 
     # -- taking
 
@@ -231,9 +228,11 @@ class Pool(ABC):
         missing = wanted - sum(count for _, count in found)
         if missing > 0:
             for start, count in await self._old_holes(missing, found + self._free):
+                self._require_no_metadata(start, count)
+                # Not in `found` before: what is given back from there counts as zeros.
+                await self._zero(start, count)
                 found.append((start, count))
                 missing -= count
-                await self._zero(start, count)
         largest = max((count for _, count in found), default=0)
         # no need to grow the file for the last few
         if largest < contiguous or missing > wanted // 2:
@@ -284,6 +283,25 @@ class Pool(ABC):
 
     # -- giving back
 
+    def require_data(self, host_offset: int, length: int) -> None:
+        """Refuse to give back what an entry names as data and is in fact a table.
+
+        Raises:
+            ImageCorruptError: Metadata would be punched and used again.
+        """
+        start = host_offset >> self._cluster_bits
+        end = (host_offset + length - 1 >> self._cluster_bits) + 1
+        self._require_no_metadata(start, end - start)
+
+    def _require_no_metadata(self, start: int, count: int) -> None:
+        for cluster in range(start, start + count):
+            if cluster in self.metadata or cluster in self.tables:
+                raise ImageCorruptError(
+                    f"{self._storage.name}: the cluster at "
+                    f"{cluster << self._cluster_bits:#x} holds metadata, and an entry "
+                    "or a refcount denies it; run 'nbdserve image check' on it"
+                )
+
     async def release(self, freed: list[Freed]) -> None:
         """Take a reference from clusters that nothing durable and nobody under way names.
 
@@ -321,7 +339,7 @@ class Pool(ABC):
         self._free = joined
 
     async def close(self) -> None:
-        """Give the pool back and cut the file behind the last cluster in use.
+        """Give the pool back and cut the free clusters off the end of the file.
 
         Raises:
             OSError: It could not be done; at worst clusters are leaked.
@@ -331,9 +349,15 @@ class Pool(ABC):
         async with self._lock:
             runs, self._runs = self._runs, []
             for run in runs:
-                await self._unreserve(run.start, run.count)
+                for free in await self._unreserve(run.start, run.count):
+                    self._keep_free(*free)
             await self._barrier()
-            end = (await self._last_used() + 1) << self._cluster_bits
+            # Only what this session itself has found free or added: where refcounts
+            # are wrong, somebody's data may lie behind the last one.
+            end = self._end
+            if self._free and sum(self._free[-1]) == end:
+                end = self._free[-1][0]
+            end <<= self._cluster_bits
             if not self._storage.fixed_size and end < self._storage.size:
                 await self._storage.truncate(end)
                 await self._barrier()

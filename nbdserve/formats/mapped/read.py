@@ -9,6 +9,7 @@ from nbdserve.formats.mapped.entries import (
     COMPRESSED,
     NORMAL,
     UNALLOCATED,
+    UNKNOWN,
 )
 from nbdserve.formats.mapped.inflate import Inflater
 from nbdserve.formats.mapped.mapping import Mapping, Run
@@ -37,6 +38,7 @@ class Reader:
         self._storage = parts.storage
         self._codec = parts.codec
         self._cached = parts.tables.cached
+        self._l1 = parts.tables.l1
         self._mapping = mapping
         self._inflater = inflater
         self._pins = parts.pins
@@ -49,19 +51,25 @@ class Reader:
 
     async def read_into(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
         """Fill `buffer`; see `BlockDevice.read_into`."""
-        length = len(buffer)
         within = offset & (self._cluster_size - 1)
-        table = self._cached.get(offset >> self._table_bits)
-        if table is None or within + length > self._cluster_size:
+        if within + len(buffer) > self._cluster_size:
             return await self._read_runs(offset, buffer)
-        index = (offset >> self._cluster_bits) & self._index_mask
-        if table.kinds[index] < NORMAL:
-            return await self._read_runs(offset, buffer)
-        table.recent = True
-        host_offset = (table.words[index] & self._offset_mask) + within
-        if not self._storage.try_read(host_offset, buffer):
-            await self._read_slowly(host_offset, buffer)
-        return ()
+        number = offset >> self._table_bits
+        table = self._cached.get(number)
+        if table is not None:
+            index = (offset >> self._cluster_bits) & self._index_mask
+            kind = table.kinds[index]
+            if kind >= NORMAL:
+                table.recent = True
+                host_offset = (table.words[index] & self._offset_mask) + within
+                if not self._storage.try_read(host_offset, buffer):
+                    await self._read_slowly(host_offset, buffer)
+                return ()
+        else:
+            kind = UNKNOWN if self._l1.words[number] else UNALLOCATED
+        if kind == UNALLOCATED and self._backing is not None:
+            return await self.read_backing(self._backing, offset, buffer)
+        return await self._read_runs(offset, buffer)
 
     async def _read_runs(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
         """Read piece by piece, each of one kind."""
@@ -115,9 +123,9 @@ class Reader:
     ) -> Sequence[Hole]:
         """Read from a backing file, which may be shorter: what it lacks is zeros."""
         length = len(view)
-        there = min(max(backing.size - offset, 0), length)
-        if there == length:
+        if offset + length <= backing.size:
             return await backing.read_into(offset, view)
+        there = max(backing.size - offset, 0)
         holes = list(await backing.read_into(offset, view[:there])) if there else []
         fill_zeros(view[there:])
         if holes and sum(holes[-1]) == there:
