@@ -250,12 +250,22 @@ async def test_closing_waits_for_threads_and_ends_all_use(path: Path) -> None:
 async def test_throttled_writes_move_to_threads(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 100.2, 100.3, 100.2 + PAUSE_S + 0.1, 101.4])
+    first_end_s, second_start_s = 100.2, 100.2 + PAUSE_S + 0.1
+    clock = iter(
+        [
+            # a stall, what comes within the pause, and the attempt after it: stalls too
+            *(100.0, first_end_s, first_end_s + PAUSE_S / 2),
+            *(second_start_s, second_start_s + 0.2),
+            # now the pause is twice as long
+            second_start_s + 0.2 + PAUSE_S * 1.5,
+        ]
+    )
     monkeypatch.setattr("nbdserve.storage.file.perf_counter", lambda: next(clock))
     storage = FileStorage(path)
     assert storage.try_write(0, b"slow")
     assert not storage.try_write(0, b"next")
     assert storage.try_write(0, b"then")
+    assert not storage.try_write(0, b"again")
     await storage.close()
 
 
@@ -282,7 +292,16 @@ async def test_another_call_with_the_descriptor(path: Path) -> None:
 async def test_without_nowait_slow_reads_move_to_threads(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    clock = iter([100.0, 100.2, 100.3, 100.2 + PAUSE_S + 0.1, 101.4])
+    first_end_s, second_start_s = 100.2, 100.2 + PAUSE_S + 0.1
+    clock = iter(
+        [
+            # a stall, what comes within the pause, and the attempt after it: stalls too
+            *(100.0, first_end_s, first_end_s + PAUSE_S / 2),
+            *(second_start_s, second_start_s + 0.2),
+            # now the pause is twice as long
+            second_start_s + 0.2 + PAUSE_S * 1.5,
+        ]
+    )
     monkeypatch.setattr("nbdserve.storage.file.perf_counter", lambda: next(clock))
     path = Path("/dev/shm") / f"nbdserve-slow-{os.getpid()}"
     storage = created(path, MIB)
