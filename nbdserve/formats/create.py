@@ -177,8 +177,8 @@ def _publish(path: str, write: Callable[[int], None]) -> None:
     """Let `write` fill a file, make it durable, and give it the name `path`."""
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-    folder, name = os.path.split(path)
-    temporary = os.path.join(folder, f".{name[:200]}.{secrets.token_hex(6)}.new")
+    folder = os.path.dirname(path)
+    temporary = os.path.join(folder, f".nbdserve-{secrets.token_hex(8)}.new")
     fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
     try:
         try:

@@ -1,6 +1,8 @@
 """The map of a disk: entries joined, fields as in qemu-img, a table for people."""
 
+import json
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +10,8 @@ from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
 from nbdserve.formats import map as module
 from nbdserve.formats.map import MapEntry, as_text, map_entries
+from nbdserve.formats.open import open_image
+from tests.helpers.tools import run
 
 DATA = Extent(4096, data=True, zero=False, offset=65536)
 HOLE = Extent(4096, data=False, zero=True, present=False)
@@ -124,3 +128,43 @@ def test_table_lists_data_with_its_file() -> None:
         ["0x2000", "0x1000", "0x0", "base.raw"],
         ["0x3000", "0x1000", "compressed", "disk.qcow2"],
     ]
+
+
+@pytest.mark.parametrize(
+    ("image_format", "options"),
+    [
+        ("raw", ""),
+        ("qcow", ""),
+        ("qcow2", "cluster_size=512"),
+        ("qcow2", "cluster_size=64k,compat=0.10"),
+        ("qcow2", "cluster_size=64k,preallocation=falloc"),
+        ("qcow2", "cluster_size=2M,refcount_bits=1"),
+        ("qcow2", "backing"),
+    ],
+)
+async def test_same_as_qemu(tmp_path: Path, image_format: str, options: str) -> None:
+    path = tmp_path / "disk"
+    chosen = ["-o", options] if options else []
+    if options == "backing":
+        base = tmp_path / "base"
+        run("qemu-img", "create", "-q", "-f", "qcow2", base, "32M")
+        run("qemu-io", "-f", "qcow2", "-c", "write 10M 12M", base)
+        chosen = ["-b", "base", "-F", "qcow2"]
+    run("qemu-img", "create", "-q", "-f", image_format, *chosen, path, "32M")
+    commands = ["write -P 1 2M 2M", "write -P 2 8M 6M"]
+    if image_format == "qcow2":
+        commands += ["write -c 20M 64k" if "2M" not in options else "write 20M 2M"]
+        if "0.10" not in options and "prealloc" not in options:
+            commands += ["write -z 24M 2M"]
+    if "prealloc" in options:
+        commands.pop()
+    words = [word for command in commands for word in ("-c", command)]
+    run("qemu-io", "-f", image_format, *words, path)
+    shown = json.loads(
+        run("qemu-img", "map", "--output=json", "-f", image_format, path)
+    )
+    async with open_image(path, format=image_format, read_only=True) as image:
+        entries = [entry.as_json() async for entry in map_entries(image)]
+    for entry in entries:
+        entry.pop("compressed")  # not in qemu-img 7.2
+    assert entries == shown
