@@ -6,8 +6,10 @@ Whatever fails, all that was begun is undone.
 """
 
 import asyncio
+import contextlib
 import os
 import signal
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -185,6 +187,8 @@ async def _open_exports(config: ServeConfig) -> Registry:
     try:
         for image in config.images:
             device = await _open(config, image, state_dir)
+            for note in device.notes:
+                structlog.get_logger().warning(note)
             registry.add(Export(image.name, device, config.description))
     except BaseException:
         await _close(registry)
@@ -240,7 +244,24 @@ def _state_dir(config: ServeConfig, environment: Mapping[str, str]) -> str | Non
     for folder in candidates:
         if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
             return folder
-    return None
+    # tmpfs on every Linux; what others may do to it is looked at before it is used
+    return _own_folder(f"/dev/shm/nbdserve-{os.getuid()}")  # noqa: S108
+
+
+def _own_folder(path: str) -> str | None:
+    """Make a folder that only this user can use; None if there can't be one.
+
+    Everybody may write in its parent, so what is there already is not trusted: it
+    must be a folder (no link), ours, and closed to others.
+    """
+    try:
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        status = os.lstat(path)
+    except OSError:
+        return None
+    ours = stat.S_ISDIR(status.st_mode) and status.st_uid == os.getuid()
+    return path if ours and not status.st_mode & 0o077 else None
 
 
 def _stop_on_signals(stop: asyncio.Event) -> None:

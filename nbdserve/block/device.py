@@ -35,6 +35,7 @@ class BlockDevice(ABC):
             (a cluster or a page). A power of two.
         can_trim: Whether `trim` may give storage back.
         can_fast_zero: Whether `write_zeroes` is always quicker than a write.
+        notes: What the operator should know of how it was opened, a line each.
     """
 
     size: int
@@ -42,6 +43,7 @@ class BlockDevice(ABC):
     preferred_block: int
     can_trim: bool
     can_fast_zero: bool
+    notes: Sequence[str] = ()
 
     @abstractmethod
     async def read_into(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
@@ -92,7 +94,7 @@ class BlockDevice(ABC):
     async def flush(self) -> None:
         """Make everything that completed before this call durable."""
 
-    async def cache(self, offset: int, length: int) -> None:
+    async def cache(self, offset: int, length: int) -> None:  # noqa: B027 -- a hint may be ignored
         """Hint that a range will be read soon."""
 
     @abstractmethod

@@ -20,11 +20,9 @@ from nbdserve.storage.base import Buffer
 
 
 class MappedImage(BlockDevice):
-    """An open image; writable if it has a `Space`.
+    """An open image; writable if it has a `Space`."""
 
-    Attributes:
-        notes: What the operator should know of how it was opened, a line each.
-    """
+    notes: list[str]
 
     def __init__(
         self, parts: Parts, decompress: Decompress, space: Space | None
@@ -36,7 +34,7 @@ class MappedImage(BlockDevice):
         self.preferred_block = max(geometry.cluster_size, 4096)
         self.can_trim = space is not None
         self.can_fast_zero = parts.codec.zero_word is not None or not parts.backing
-        self.notes: list[str] = []
+        self.notes = []
         self._parts = parts
         self._space = space
         self._mapping = Mapping(parts)

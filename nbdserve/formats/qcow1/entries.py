@@ -1,5 +1,6 @@
-"""How qcow version 1 spells L1 and L2 entries (docs/interop/qcow2.rst has no word of it;
-the layout is that of the format's first implementation, block/qcow.c of qemu 0.9).
+"""How qcow version 1 spells L1 and L2 entries.
+
+No specification was ever published: this is what qemu's block/qcow.c reads and writes.
 """
 
 from nbdserve.formats.mapped.entries import BAD, COMPRESSED, NORMAL, UNALLOCATED
