@@ -244,8 +244,21 @@ def _state_dir(config: ServeConfig, environment: Mapping[str, str]) -> str | Non
     for folder in candidates:
         if folder and os.path.isdir(folder) and os.access(folder, os.W_OK | os.X_OK):
             return folder
+    if _in_container(environment):
+        return None  # its /dev/shm ends with it, and what was answered must not
     # tmpfs on every Linux; what others may do to it is looked at before it is used
     return _own_folder(f"/dev/shm/nbdserve-{os.getuid()}")  # noqa: S108
+
+
+def _in_container(environment: Mapping[str, str]) -> bool:
+    """Tell whether all tmpfs around may vanish when this process is restarted."""
+    return (
+        os.getpid() == 1
+        or "container" in environment
+        or "KUBERNETES_SERVICE_HOST" in environment
+        or os.path.exists("/.dockerenv")
+        or os.path.exists("/run/.containerenv")
+    )
 
 
 def _own_folder(path: str) -> str | None:
