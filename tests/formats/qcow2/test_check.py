@@ -191,6 +191,17 @@ def test_damage(image: Damaged, damage: str) -> None:
     assert len(result.messages) == sum(expected)
 
 
+def test_zero_flag_in_version_2_is_found(tmp_path: Path) -> None:
+    """qemu-img check does not mention it, yet qemu and we read EIO there."""
+    path = tmp_path / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", "-o", "compat=0.10", path, "1M")
+    run("qemu-io", "-f", "qcow2", "-c", "write 0 128k", path)
+    image = Damaged(path)
+    image.put(image.l2, image.word(image.l2) | 1)
+    image.put(image.l2 + 16, 1)
+    assert ours(image.save()).corruptions == 2
+
+
 def test_misplaced_refcount_block_is_no_guess(image: Damaged) -> None:
     image.put(image.refcount_table, image.refcount_block + 512)
     path = image.save()
