@@ -17,7 +17,7 @@ class Disk(Enum):
     """Fresh for each run: nothing of its own, all content in a backing file."""
 
     COMPRESSED = "compressed"
-    """256 MiB of text, every cluster compressed with zlib."""
+    """256 MiB, every cluster compressed with zlib."""
 
 
 @dataclass(frozen=True)

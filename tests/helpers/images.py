@@ -5,11 +5,13 @@ format. Nearly every one starts with some content: data, zeroes and, where there
 is a backing file, clusters that only that has.
 """
 
+import dataclasses
 import random
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Self
 
 from tests.helpers.tools import run
 
@@ -34,6 +36,18 @@ class Image:
     format: str
     mirror: Path
     snapshot_mirror: Path | None = None
+
+    def copied_to(self, directory: Path) -> Self:
+        """The same image, with its mirrors and backing files, in another folder."""
+        files = [file for file in self.path.parent.iterdir() if file.is_file()]
+        run("cp", "--sparse=always", *files, directory)
+        old = self.snapshot_mirror
+        return dataclasses.replace(
+            self,
+            path=directory / self.path.name,
+            mirror=directory / self.mirror.name,
+            snapshot_mirror=None if old is None else directory / old.name,
+        )
 
     def assert_same_as_mirror(self) -> None:
         """Compare byte for byte what qemu reads from the image with the mirror."""

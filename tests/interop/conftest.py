@@ -1,7 +1,8 @@
 """Fixtures for tests with real clients: an image in every flavour, served for real."""
 
+import functools
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -10,11 +11,25 @@ from tests.helpers.images import FLAVOURS, Image
 from tests.helpers.servers import Server, server_under_test
 
 
+@pytest.fixture(scope="session")
+def originals(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Image]:
+    """Makes each flavour once; tests work on copies."""
+
+    @functools.cache
+    def original(flavour: str) -> Image:
+        return FLAVOURS[flavour](tmp_path_factory.mktemp(flavour), "disk")
+
+    return original
+
+
 @pytest.fixture(params=list(FLAVOURS))
-def image(request: pytest.FixtureRequest, tmp_path: Path) -> Image:
+def image(
+    request: pytest.FixtureRequest,
+    originals: Callable[[str], Image],
+    tmp_path: Path,
+) -> Image:
     """One image of each flavour; a test picks some with indirect parameters."""
-    flavour: str = request.param
-    return FLAVOURS[flavour](tmp_path, "disk")
+    return originals(request.param).copied_to(tmp_path)
 
 
 @pytest.fixture(params=["tcp", "unix"])

@@ -121,4 +121,5 @@ def test_acknowledged_writes_survive_sigkill(
         assert sector in allowed, f"sector at {offset}"
     image.assert_snapshot_untouched()
     run("qemu-img", "compare", "-f", image.format, "-F", "raw", image.path, seen)
-    image.assert_clean()
+    if image.format == "qcow2":
+        run("qemu-img", "check", image.path, expect=[0, 3])
