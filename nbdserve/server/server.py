@@ -4,12 +4,14 @@ import asyncio
 import contextlib
 import errno
 import socket
+import struct
 from collections.abc import Iterable
 from typing import Any, Final
 
 import structlog
+from structlog.typing import FilteringBoundLogger
 
-from nbdserve.errors import ImageError, ProtocolError
+from nbdserve.errors import ProtocolError
 from nbdserve.exports.registry import Registry
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import BufferPool
@@ -39,6 +41,8 @@ _KEEPALIVE: Final = (
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 6),
 )
+#: struct ucred of unix(7): pid, uid, gid
+_PEER_CREDENTIALS: Final = struct.Struct("=iII")
 _OUT_OF_RESOURCES: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 )
@@ -124,7 +128,9 @@ class Server:
                 return
             except OSError as error:
                 if error.errno not in _OUT_OF_RESOURCES:
-                    raise
+                    # accept(2): errors of the network that hit this one client
+                    self._log.debug("a client was lost", error=error.strerror)
+                    return
                 self._log.warning("cannot accept a client", error=error.strerror)
                 self._loop.remove_reader(listener.sock.fileno())
                 self._loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listener)
@@ -176,14 +182,14 @@ class Server:
         self,
         sock: socket.socket,
         chosen: Chosen,
-        log: structlog.typing.FilteringBoundLogger,
+        log: FilteringBoundLogger,
     ) -> None:
         """Serve a client that has chosen its export, and tell its story."""
         started_s = self._loop.time()
-        connection = Connection(
-            self._loop, sock, chosen.export, chosen.negotiated, self._shared
-        )
         log = log.bind(export=chosen.export.name)
+        connection = Connection(
+            self._loop, sock, chosen.export, chosen.negotiated, self._shared, log
+        )
         log.info("connection opened")
         self._connections.add(connection)
         try:
@@ -254,12 +260,12 @@ class Server:
 
     async def _close_devices(self) -> None:
         """Close every device, also after one has failed."""
-        failures: list[BaseException] = []
+        failures: list[Exception] = []
         for export in self.registry:
             try:
                 async with asyncio.timeout(self._limits.close_timeout_s):
                     await export.device.close()
-            except (OSError, ImageError) as error:
+            except Exception as error:  # noqa: BLE001 -- raised once all are closed
                 self._log.error(
                     "could not close an image cleanly",
                     export=export.name,
@@ -289,6 +295,8 @@ def _peer_name(sock: socket.socket, address: Any) -> str:
     if sock.family == socket.AF_INET:
         return f"{address[0]}:{address[1]}"
     with contextlib.suppress(OSError):
-        credentials = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
-        return f"unix:pid={int.from_bytes(credentials[:4], 'little')}"
+        credentials = sock.getsockopt(
+            socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
+        )
+        return f"unix:pid={_PEER_CREDENTIALS.unpack(credentials)[0]}"
     return "unix"

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final
 
-import structlog
+from structlog.typing import FilteringBoundLogger
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.observe.counters import ConnectionCounters
@@ -94,14 +94,14 @@ class Session:
 
     def __init__(
         self,
-        loop: asyncio.AbstractEventLoop,
         device: BlockDevice,
         negotiated: Negotiated,
         outbox: Outbox,
         budget: Budget,
         on_progress: Callable[[], None],
+        log: FilteringBoundLogger,
     ) -> None:
-        self._loop = loop
+        self._loop = asyncio.get_running_loop()
         self._device = device
         self._outbox = outbox
         self._arena = outbox.arena
@@ -111,7 +111,7 @@ class Session:
         self._read_header = DATA_HEADER if negotiated.structured else SIMPLE_HEADER
         contexts = negotiated.meta_contexts
         self._context_id = contexts[0].context_id if contexts else 0
-        self._log = structlog.get_logger()
+        self._log = log
         self._tasks: set[asyncio.Task[Any]] = set()
         self.counters = ConnectionCounters()
         self.in_flight = 0

@@ -56,7 +56,7 @@ async def test_one_story_per_connection(running: Running, logs: Logs) -> None:
         await client.read(1 << 40, 1)
     await client.disconnect()
     await until(lambda: running.server.connections == 0)
-    opened, closed = logs
+    opened, *_requests, closed = logs
     assert opened["event"] == "connection opened"
     assert opened["export"] == "disk"
     assert opened["peer"].startswith("unix:pid=")
@@ -64,6 +64,21 @@ async def test_one_story_per_connection(running: Running, logs: Logs) -> None:
     assert closed["reason"] == "disconnected"
     assert (closed["requests"], closed["errors"]) == (3, 1)
     assert (closed["bytes_read"], closed["bytes_written"]) == (4096, 1000)
+
+
+async def test_every_request_is_logged_for_debugging(
+    running: Running, logs: Logs
+) -> None:
+    client = await running.client()
+    await client.write(0, bytes(1000))
+    with pytest.raises(NbdRequestFailed):
+        await client.read(1 << 40, 1)
+    told = [
+        (log["command"], log["length"], log["refused"] is not None)
+        for log in logs
+        if log["event"] == "request"
+    ]
+    assert told == [("NBD_CMD_WRITE", 1000, False), ("NBD_CMD_READ", 1, True)]
 
 
 async def test_requests_right_behind_the_handshake(running: Running) -> None:
