@@ -9,6 +9,7 @@ from nbdserve.formats.mapped.entries import (
     NORMAL,
     UNALLOCATED,
     UNKNOWN,
+    ZERO_ALLOCATED,
 )
 from nbdserve.formats.mapped.parts import Parts
 from nbdserve.formats.mapped.tables import Table
@@ -20,7 +21,8 @@ class Run(NamedTuple):
     Attributes:
         kind: As in `entries.py`.
         length: Bytes.
-        host_offset: Where the range begins in the file, for kinds from `NORMAL` on.
+        host_offset: Where the range begins in the file, for kinds from `NORMAL` on
+            and for `ZERO_ALLOCATED`; otherwise 0.
         word: The entry itself, of the first cluster.
     """
 
@@ -80,7 +82,7 @@ class Mapping:
         count = self.alike(table, index, kind, most + 1)
         length = min((count << self._cluster_bits) - within, end - guest_offset)
         host_offset = 0
-        if kind >= NORMAL:
+        if kind >= NORMAL or kind == ZERO_ALLOCATED:
             host_offset = (word & self._codec.l2_offset_mask) + within
         return Run(kind, length, host_offset, word)
 
@@ -90,7 +92,7 @@ class Mapping:
             return 1
         words, kinds = table.words, table.kinds
         position, limit = index + 1, index + most
-        if kind >= NORMAL:
+        if kind >= NORMAL or kind == ZERO_ALLOCATED:
             # flags are the same in all of them, so the words themselves count up
             word = words[index] + self._cluster_size
             while position < limit and words[position] == word:

@@ -52,7 +52,8 @@ async def _piece(
         return [Extent(run.length, data=True, zero=False, compressed=True)]
     if run.kind == BAD:
         raise mapping.corrupt(position, run.word, "is not valid")
-    return [Extent(run.length, data=False, zero=True)]
+    # a cluster that is kept behind zeros has its place in the file
+    return [Extent(run.length, data=False, zero=True, offset=run.host_offset or None)]
 
 
 async def _below(
@@ -63,6 +64,6 @@ async def _below(
         return [Extent(length, data=False, zero=True, present=False)]
     there = min(max(backing.size - position, 0), length)
     if not there:
-        return [Extent(length, data=False, zero=True, depth=1, present=False)]
+        return [Extent(length, data=False, zero=True, present=False)]
     extents = await backing.block_status(position, there, max_extents=max_extents)
     return [extent._replace(depth=extent.depth + 1) for extent in extents]
