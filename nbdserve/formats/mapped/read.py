@@ -67,8 +67,9 @@ class Reader:
                 return ()
         else:
             kind = UNKNOWN if self._l1.words[number] else UNALLOCATED
-        if kind == UNALLOCATED and self._backing is not None:
-            return await self.read_backing(self._backing, offset, buffer)
+        backing = self._backing
+        if kind == UNALLOCATED and backing and offset + len(buffer) <= backing.size:
+            return await backing.read_into(offset, buffer)
         return await self._read_runs(offset, buffer)
 
     async def _read_runs(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
