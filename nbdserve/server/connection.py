@@ -214,7 +214,7 @@ class Connection:
             self._close_if_idle()
 
     def _guarded_turn(self) -> None:
-        """Take a turn, end the connection if that goes wrong, and decide what follows."""
+        """Take a turn, and end the connection if that goes wrong."""
         try:
             self._turn()
         except ProtocolError as error:
@@ -226,6 +226,19 @@ class Connection:
             # a bug: without an end the loop would run into it again and again
             self._log.exception("connection failed unexpectedly")
             self._end("internal error")
+        if (
+            self._reading
+            and not self._cut_short
+            and not self.session.in_flight
+            and not self._outbox.blocked
+            and self._outbox.lost is None
+            and not self._shutting_down
+        ):
+            return  # as almost always: everything is answered, nothing waits
+        self._decide()
+
+    def _decide(self) -> None:
+        """Decide what follows a turn: pause, another turn, waiting for the peer, the end."""
         self._notice_loss()
         if self._ended is None and self._shutting_down:
             self._end_if_quiet()
