@@ -32,8 +32,7 @@ class UncountedPool(Pool):
 
     async def _unreserve(self, start: int, count: int) -> list[tuple[int, int]]:
         """Whoever has given clusters back was the only one who used them."""
-        self._keep_free(start, count)
-        return []
+        return [(start, count)]
 
     async def release(self, freed: list[Freed]) -> None:
         """Use whole clusters again; compressed ones may share theirs with others."""
@@ -58,9 +57,8 @@ class UncountedPool(Pool):
         """Return none: nothing tells which clusters are free."""
         return []
 
-    async def _last_used(self) -> int:
-        """See `Pool`: free clusters at the end of the file are cut off."""
-        end = self._end
-        if self._free and sum(self._free[-1]) == end:
-            end = self._free[-1][0]
-        return end - 1
+    def require_data(self, host_offset: int, length: int) -> None:
+        """See `Pool`: only whole clusters are ever used again (see `release`)."""
+        size = 1 << self._cluster_bits
+        if not host_offset % size and not length % size:
+            super().require_data(host_offset, length)

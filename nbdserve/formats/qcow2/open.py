@@ -37,12 +37,15 @@ from nbdserve.formats.qcow2.header import (
 )
 from nbdserve.formats.qcow2.rebuild import rebuild_refcounts
 from nbdserve.formats.qcow2.refcounts import RefcountedPool, load_refcount_table
-from nbdserve.formats.qcow2.snapshot_table import parse_snapshot_table
+from nbdserve.formats.qcow2.snapshot_table import judge_snapshot, parse_snapshot_table
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
 
 #: A snapshot table is read whole; qemu refuses larger ones too (block/qcow2.h).
 _MAX_SNAPSHOT_TABLE = 64 << 20
+#: Clusters of snapshots' L1 tables that are told from data (64 bytes of memory each);
+#: what is beyond, no sane image has, and its refcounts protect it.
+_MAX_SNAPSHOT_L1_CLUSTERS = 1 << 20
 
 
 async def read_header(storage: Storage) -> Header:
@@ -168,7 +171,21 @@ async def _locate(storage: Storage, header: Header) -> Located:
         located.add(header.snapshots_offset, 1, bits)
         return located
     located.add(header.snapshots_offset, length, bits)
+    left = _MAX_SNAPSHOT_L1_CLUSTERS
     for snapshot in snapshots:
+        try:
+            judge_snapshot(
+                snapshot,
+                cluster_size=header.cluster_size,
+                entries_needed=0,
+                file_size=storage.size,
+            )
+        except ImageError:
+            # as above
+            continue
+        left -= (8 * snapshot.l1_size >> bits) + 1
+        if left < 0:
+            break
         located.add(snapshot.l1_table_offset, 8 * snapshot.l1_size, bits)
     return located
 

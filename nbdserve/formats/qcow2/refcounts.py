@@ -458,7 +458,7 @@ class RefcountedPool(Pool):
         self._end = max(self._end, await self._last_used() + 1)
 
     async def _last_used(self) -> int:
-        """See `Pool`."""
+        """Return the number of the last cluster with a reference."""
         for number in range(len(self._table) - 1, -1, -1):
             if not self._table[number]:
                 continue
