@@ -113,7 +113,11 @@ async def _serve(
         ServedImage(image.name, image.path, export.device.size, export.device.read_only)
         for image, export in zip(config.images, registry, strict=True)
     )
-    announce(Serving(images, tuple(server.endpoints), activated))
+    try:
+        announce(Serving(images, tuple(server.endpoints), activated))
+    except BaseException:
+        await server.shut_down()
+        raise
     await server.serve_until(stop)
     await asyncio.gather(*flushes)
 

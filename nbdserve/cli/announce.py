@@ -6,6 +6,7 @@ import shlex
 import structlog
 
 from nbdserve.app import Serving
+from nbdserve.cli.output import discard_stdout
 from nbdserve.config.units import format_size
 from nbdserve.server.listeners import Endpoint, TcpEndpoint
 from nbdserve.storage.names import shown
@@ -28,8 +29,13 @@ def announce(serving: Serving) -> None:
             for endpoint in serving.endpoints
         ]
         structlog.get_logger().info("serving", uris=uris)
-    else:
+        return
+    try:
         print(announcement(serving), flush=True)
+    except BrokenPipeError:
+        # no reason to take the disks away from their guests
+        discard_stdout()
+        structlog.get_logger().warning("nobody reads where the exports are")
 
 
 def announcement(serving: Serving) -> str:

@@ -49,7 +49,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (NbdserveError, OSError) as error:
         if isinstance(error, BrokenPipeError) and error.filename is None:
-            return _reader_left()
+            from nbdserve.cli.output import discard_stdout
+
+            discard_stdout()
+            return FAILED
         print(f"nbdserve: {explain(error)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
@@ -130,9 +133,3 @@ def _help_text(prefix: str) -> str:
     if not prefix:
         lines.append(f"  {'--version':14}show the version")
     return "\n".join([*lines, "", EXAMPLES])
-
-
-def _reader_left() -> int:
-    """End quietly when the reader of our output did (`nbdserve ... | head`)."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return FAILED

@@ -90,7 +90,7 @@ def test_each_command_has_help_with_examples(
 WRONG_USAGE = [
     (["serv"], "did you mean serve?"),
     (["--verison"], "did you mean --version?"),
-    (["image", "chek", "x"], "did you mean image check?"),
+    (["image", "cheque", "x"], "did you mean image check?"),
     (["frobnicate"], "unknown command 'frobnicate'"),
     (["serve"], "required: [NAME=]IMAGE"),
     (["serve", "x", "--lisen", "y"], "did you mean --listen?"),

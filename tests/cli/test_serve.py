@@ -140,6 +140,26 @@ def test_json_logs_are_objects_that_tell_the_story_of_a_connection(
     assert {"requests", "bytes_read", "duration_s", "reason"} <= closed.keys()
 
 
+def test_a_reader_of_stdout_that_left_ends_nothing(raw: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "nbdserve", "serve", "disk.img", "--read-only"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        [*command, "--unix", "s"],
+        cwd=tmp_path,
+        stdout=writer,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        os.close(writer)
+        assert server.stderr is not None
+        assert "nobody reads" in server.stderr.readline()
+        uri = f"nbd+unix:///disk?socket={tmp_path}/s"
+        assert nbdinfo(uri, cwd=tmp_path)["export-size"] == 1 << 20
+        server.terminate()
+        assert server.wait(30) == 0
+
+
 # Making an image
 
 
