@@ -72,6 +72,7 @@ class Committer:
         self._running: asyncio.Task[None] | None = None
         self._releasing: set[asyncio.Task[None]] = set()
         self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
 
     def on_release(self, release: Callable[[list[Freed]], Awaitable[None]]) -> None:
         """Name the coroutine that takes freed clusters once nobody knows them."""
@@ -205,7 +206,7 @@ class Committer:
         await waiter
 
     def _schedule(self) -> None:
-        if self._timer is None:
+        if self._timer is None and not self._closed:
             loop = asyncio.get_running_loop()
             self._timer = loop.call_later(self._interval_s, self._tick)
 
@@ -313,14 +314,10 @@ class Committer:
         Raises:
             OSError: Something could not be made durable.
         """
-        try:
-            await self.flush()
-        finally:
-            self._cancel_timer()
-        while self._releasing:
-            await asyncio.gather(*self._releasing)
-
-    def _cancel_timer(self) -> None:
+        # Even if this fails: the storage will be closed, so nothing is tried again.
+        self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-            self._timer = None
+        await self.flush()
+        while self._releasing:
+            await asyncio.gather(*self._releasing)
