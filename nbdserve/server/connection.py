@@ -188,8 +188,11 @@ class Connection:
 
     def _continue(self) -> None:
         self._continuing = False
-        if self._ended is None and self._may_start():
-            self._guarded_turn()
+        if self._ended is None:
+            if self._may_start():
+                self._guarded_turn()
+            else:
+                self._unwatch()  # late replies have filled the socket: see _on_progress
 
     def _may_start(self) -> bool:
         """Tell whether limits and the peer allow another request."""
