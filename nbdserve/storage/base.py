@@ -66,6 +66,11 @@ class Storage(ABC):
                 failed `flush`.
         """
 
+    async def put(self, offset: int, data: Buffer) -> None:
+        """Write all of `data`: at once if that is possible, else in a thread."""
+        if not self.try_write(offset, data):
+            await self.write(offset, data)
+
     @abstractmethod
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         """Make a range read as zeros, within the current size.

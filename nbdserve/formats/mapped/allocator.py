@@ -101,6 +101,7 @@ class Allocator:
         self._geometry = parts.geometry
         self._codec = parts.codec
         self._tables = parts.tables
+        self._gate = parts.gate
         self._pins = parts.pins
         self._backing_size = parts.backing_size
         self._mapping = mapping
@@ -211,6 +212,16 @@ class Allocator:
         Returns:
             How many bytes were written; 0 if the mapping must be looked at again.
         """
+        gate = self._gate
+        if gate.closed:
+            await gate.opened()
+        gate.enter()
+        try:
+            return await self._write(guest_offset, data)
+        finally:
+            gate.leave()
+
+    async def _write(self, guest_offset: int, data: memoryview) -> int:
         geometry = self._geometry
         table = await self.table_for_change(guest_offset >> geometry.table_bits)
         cluster = guest_offset >> geometry.cluster_bits

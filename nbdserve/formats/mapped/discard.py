@@ -34,6 +34,7 @@ class Discarder:
     ) -> None:
         """Join the parts."""
         self._geometry = parts.geometry
+        self._gate = parts.gate
         self._zero_word = parts.codec.zero_word
         self._mapping = mapping
         self._allocator = allocator
@@ -127,6 +128,16 @@ class Discarder:
 
     async def _unmap_run(self, offset: int, end: int, *, trim: bool) -> int:
         """Take some clusters of one table out of the mapping; return their bytes."""
+        gate = self._gate
+        if gate.closed:
+            await gate.opened()
+        gate.enter()
+        try:
+            return await self._unmap_gated(offset, end, trim=trim)
+        finally:
+            gate.leave()
+
+    async def _unmap_gated(self, offset: int, end: int, *, trim: bool) -> int:
         geometry = self._geometry
         table = await self._allocator.table_for_change(offset >> geometry.table_bits)
         cluster = offset >> geometry.cluster_bits

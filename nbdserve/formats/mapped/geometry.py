@@ -3,9 +3,11 @@
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Geometry:
     """How a guest offset splits into L1 index, L2 index and offset in the cluster.
+
+    Resizing changes `size` and the place and length of the L1 table; nothing else changes.
 
     Attributes:
         size: Bytes of the virtual disk.

@@ -1,6 +1,7 @@
 """A qcow or qcow2 image as a disk: the parts of the engine, joined."""
 
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from errno import ENOTSUP, EPERM
 from typing import Any
 
@@ -116,6 +117,34 @@ class MappedImage(BlockDevice):
         await self.flush()
         return sum(missing)
 
+    @asynccontextmanager
+    async def exclusive(self) -> AsyncIterator[Space]:
+        """Have the mapping alone: nothing of it changes, and the file is what memory says.
+
+        Reads go on. Writes wait, those in place too, since no cluster counts as the
+        disk's own: who owns what is looked up again afterwards.
+
+        Raises:
+            RequestError: The image is open read-only.
+            OSError: What came before could not be made durable.
+        """
+        space = self._require_space()
+        tables = self._parts.tables
+        async with self._parts.gate.alone():
+            await space.prepare()
+            await space.commit.settle()
+            tables.forget_owners()
+            await self._parts.pins.drained()
+            try:
+                yield space
+            finally:
+                tables.forget_owners()
+
+    @property
+    def longest_pause_s(self) -> float:
+        """How long writers have had to wait for the longest `exclusive`."""
+        return self._parts.gate.longest_s
+
     def use_redo(self, redo: RedoLog) -> None:
         """Log acknowledged links of copying writes from now on."""
         if self._space is not None:
@@ -142,6 +171,7 @@ class MappedImage(BlockDevice):
             if space.commit.redo is not None:
                 space.commit.redo.close(remove=clean)
 
-    def _require_space(self) -> None:
+    def _require_space(self) -> Space:
         if self._space is None:
             raise RequestError(EPERM, f"{self._parts.storage.name} is open read-only")
+        return self._space

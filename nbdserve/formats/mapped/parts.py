@@ -1,11 +1,12 @@
 """What the operations on an open image share."""
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.entries import EntryCodec
+from nbdserve.formats.mapped.gate import Gate
 from nbdserve.formats.mapped.geometry import Geometry
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.mapped.tables import Tables
@@ -24,6 +25,7 @@ class Parts:
         tables: Its tables in memory.
         pins: Input and output under way.
         backing: The disk below, if there is one.
+        gate: Passed by everything that changes the mapping.
     """
 
     storage: Storage
@@ -32,6 +34,7 @@ class Parts:
     tables: Tables
     pins: Pins
     backing: BlockDevice | None
+    gate: Gate = field(default_factory=Gate)
 
     @property
     def backing_size(self) -> int:

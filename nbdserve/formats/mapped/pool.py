@@ -15,7 +15,6 @@ A clean close gives the rest of the pool back; a crash leaks it at most.
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from bisect import insort
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import ENOSPC, EOPNOTSUPP
@@ -23,6 +22,7 @@ from typing import Final, NamedTuple
 
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.commit import Freed
+from nbdserve.formats.mapped.free_runs import FreeRuns
 from nbdserve.storage.base import Storage
 
 #: Bytes of the first reservation, and the most that one reservation takes. The more
@@ -86,7 +86,7 @@ class Pool(ABC):
         self._barrier = barrier
         self._end = end
         self._runs: list[_Run] = []
-        self._free: list[tuple[int, int]] = []
+        self._free = FreeRuns()
         self._lock = asyncio.Lock()
         self._refilling: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
@@ -103,8 +103,8 @@ class Pool(ABC):
         """
 
     @abstractmethod
-    async def _unreserve(self, start: int, count: int) -> list[tuple[int, int]]:
-        """Take a reference from each of these clusters, in the file.
+    async def _unreserve(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
+        """Take a reference from each cluster of `runs` (first, count), in the file.
 
         Returns:
             The runs (first, count) that nobody refers to any more.
@@ -224,10 +224,12 @@ class Pool(ABC):
         self, found: list[tuple[int, int]], wanted: int, contiguous: int
     ) -> None:
         """Add free clusters to `found`: freed by us, old holes, then past the end."""
-        found += self._from_free(wanted, contiguous)
+        found += self._free.take(wanted, contiguous)
         missing = wanted - sum(count for _, count in found)
         if missing > 0:
-            for start, count in await self._old_holes(missing, found + self._free):
+            for start, count in await self._old_holes(
+                missing, found + self._free.runs()
+            ):
                 self._require_no_metadata(start, count)
                 # Not in `found` before: what is given back from there counts as zeros.
                 await self._zero(start, count)
@@ -237,19 +239,6 @@ class Pool(ABC):
         # no need to grow the file for the last few
         if largest < contiguous or missing > wanted // 2:
             found.append(await self._grow(max(missing, contiguous), contiguous))
-
-    def _from_free(self, wanted: int, contiguous: int) -> list[tuple[int, int]]:
-        found: list[tuple[int, int]] = []
-        kept: list[tuple[int, int]] = []
-        for start, count in self._free:
-            taken = min(count, wanted) if count >= contiguous else 0
-            if taken:
-                found.append((start, taken))
-                wanted -= taken
-            if taken < count:
-                kept.append((start + taken, count - taken))
-        self._free = kept
-        return found
 
     async def _grow(self, count: int, contiguous: int) -> tuple[int, int]:
         """Take clusters past the end of everything in use, extending the file."""
@@ -278,7 +267,7 @@ class Pool(ABC):
                 raise
             while offset < end:
                 piece = _ZEROS[: end - offset]
-                await self._storage.write(offset, piece)
+                await self._storage.put(offset, piece)
                 offset += len(piece)
 
     # -- giving back
@@ -308,10 +297,9 @@ class Pool(ABC):
         Those without any reference left are punched, and can be reserved again.
         """
         async with self._lock:
-            for start, count in self._clusters(freed):
-                for run in await self._unreserve(start, count):
-                    await self._zero(*run)
-                    self._keep_free(*run)
+            for run in await self._unreserve(self._clusters(freed)):
+                await self._zero(*run)
+                self._keep_free(*run)
 
     def _clusters(self, freed: list[Freed]) -> list[tuple[int, int]]:
         """Return byte extents as runs of clusters, neighbours joined."""
@@ -326,17 +314,10 @@ class Pool(ABC):
         return runs
 
     def _keep_free(self, start: int, count: int) -> None:
-        """Add a run to the free ones, joined with its neighbours."""
+        """Add a run of clusters that read as zeros to the free ones."""
         if not self.tables.isdisjoint(range(start, start + count)):
             self.tables.difference_update(range(start, start + count))
-        insort(self._free, (start, count))
-        joined: list[tuple[int, int]] = []
-        for run in self._free:
-            if joined and joined[-1][0] + joined[-1][1] == run[0]:
-                joined[-1] = (joined[-1][0], joined[-1][1] + run[1])
-            else:
-                joined.append(run)
-        self._free = joined
+        self._free.add(start, count)
 
     async def close(self) -> None:
         """Give the pool back and cut the free clusters off the end of the file.
@@ -348,16 +329,13 @@ class Pool(ABC):
             await asyncio.wait([self._refilling])
         async with self._lock:
             runs, self._runs = self._runs, []
-            for run in runs:
-                for free in await self._unreserve(run.start, run.count):
-                    self._keep_free(*free)
+            reserved = [(run.start, run.count) for run in runs]
+            for free in await self._unreserve(reserved):
+                self._keep_free(*free)
             await self._barrier()
             # Only what this session itself has found free or added: where refcounts
             # are wrong, somebody's data may lie behind the last one.
-            end = self._end
-            if self._free and sum(self._free[-1]) == end:
-                end = self._free[-1][0]
-            end <<= self._cluster_bits
+            end = self._free.last_before(self._end) << self._cluster_bits
             if not self._storage.fixed_size and end < self._storage.size:
                 await self._storage.truncate(end)
                 await self._barrier()

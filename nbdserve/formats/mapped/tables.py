@@ -111,23 +111,32 @@ class Tables:
             if number not in self._loading:
                 break
             await self._loading.wait(number)
-        word = self.l1.words[number]
-        if not word:
-            return None
-        host_offset = self._checked_offset(number, word)
-        self._loading.enter(number)
-        try:
-            table = Table(number, host_offset, await self._read(host_offset))
-            self.add(table)
-        finally:
-            self._loading.leave(number)
-        return table
+        while True:
+            word = self.l1.words[number]
+            if not word:
+                return None
+            host_offset = self._checked_offset(number, word)
+            self._loading.enter(number)
+            try:
+                table = Table(number, host_offset, await self._read(host_offset))
+                if self.l1.words[number] == word:
+                    self.add(table)
+                    return table
+                # the disk has gone back to a snapshot, or got smaller meanwhile
+            finally:
+                self._loading.leave(number)
 
     def add(self, table: Table) -> None:
         """Put a table into the cache, and the least recently used ones out."""
         if len(self.cached) >= self._capacity:
             self._evict()
         self.cached[table.number] = table
+
+    def forget_owners(self) -> None:
+        """Look at every entry and table again before it is changed in place."""
+        for table in self.cached.values():
+            table.owned = False
+            table.kinds[:] = bytes(len(table.kinds))
 
     def _evict(self) -> None:
         """Make room: second chance in the order of arrival."""

@@ -30,9 +30,9 @@ class UncountedPool(Pool):
     async def _reserve(self, runs: list[tuple[int, int]]) -> None:
         """Nothing records a reservation but the length of the file."""
 
-    async def _unreserve(self, start: int, count: int) -> list[tuple[int, int]]:
+    async def _unreserve(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Whoever has given clusters back was the only one who used them."""
-        return [(start, count)]
+        return runs
 
     async def release(self, freed: list[Freed]) -> None:
         """Use whole clusters again; compressed ones may share theirs with others."""

@@ -10,6 +10,7 @@ copied to the end of the file together with the new blocks, and one write of the
 moves over to it.
 """
 
+import asyncio
 import struct
 from array import array
 from collections import OrderedDict
@@ -34,6 +35,8 @@ from nbdserve.storage.base import Storage
 _CACHE_BYTES: Final = 4 << 20
 #: Blocks searched for old holes in one reservation.
 _SEARCH_BLOCKS: Final = 4
+#: Clusters given back between two looks at the event loop: about a millisecond.
+_TURN: Final = 1024
 _WORD: Final = struct.Struct(">Q")
 
 
@@ -45,6 +48,14 @@ def _narrow_counts(order: int) -> list[bytes]:
     return [
         bytes(bool(byte >> shift & mask) for shift in shifts) for byte in range(256)
     ]
+
+
+def _append(runs: list[tuple[int, int]], cluster: int) -> None:
+    """Add a cluster to runs that it may continue."""
+    if runs and sum(runs[-1]) == cluster:
+        runs[-1] = (runs[-1][0], runs[-1][1] + 1)
+    else:
+        runs.append((cluster, 1))
 
 
 def _mark_used(used: bytearray, base: int, runs: list[tuple[int, int]]) -> None:
@@ -226,7 +237,7 @@ class RefcountedPool(Pool):
                 continue
             start, end = changed
             try:
-                await self._storage.write(
+                await self._storage.put(
                     block.host_offset + start, bytes(block.data[start:end])
                 )
             except BaseException:
@@ -370,13 +381,30 @@ class RefcountedPool(Pool):
         return blocks
 
     async def _enter(self, blocks: dict[int, Block]) -> None:
-        """Enter durable new blocks into the refcount table."""
-        for number, block in blocks.items():
-            await self._storage.write(
-                self._table_offset + 8 * number, _WORD.pack(block.host_offset)
-            )
-        await self._barrier()
+        """Enter durable new blocks into the refcount table.
+
+        A block is entered only after the one that counts it: a cut in between would leave it
+        without a reference, for others to take.
+        """
+        left = dict(blocks)
+        while left:
+            ready = [
+                number
+                for number, block in left.items()
+                if self._counted_in(block) == number
+                or self._counted_in(block) not in left
+            ]
+            for number in ready:
+                await self._storage.write(
+                    self._table_offset + 8 * number,
+                    _WORD.pack(left.pop(number).host_offset),
+                )
+            await self._barrier()
         self._adopt(blocks)
+
+    def _counted_in(self, block: Block) -> int:
+        """Return the number of the block that has a block's own reference."""
+        return block.host_offset >> self._cluster_bits + self._block_bits
 
     async def _move_table(
         self, table: "array[int]", blocks: dict[int, Block], start: int, count: int
@@ -398,7 +426,7 @@ class RefcountedPool(Pool):
         self._adopt(blocks)
         self.metadata.update(range(start, start + count))
         self.metadata.difference_update(range(old_start, old_start + old_count))
-        for run in await self._unreserve(old_start, old_count):
+        for run in await self._unreserve([(old_start, old_count)]):
             await self._zero(*run)
             self._keep_free(*run)
 
@@ -410,25 +438,30 @@ class RefcountedPool(Pool):
 
     # -- giving back
 
-    async def _unreserve(self, start: int, count: int) -> list[tuple[int, int]]:
+    async def _unreserve(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """See `Pool`."""
         free: list[tuple[int, int]] = []
-        for number, first, length in self._split(start, count):
-            block = await self._block(number)
-            if block is None:
-                continue
-            for index in range(first, first + length):
-                references = block.get(index)
-                # a count of 0 was wrong already: leave it to the check
-                if references:
-                    block.set(index, references - 1)
-                if references == 1:
-                    cluster = (number << self._block_bits) + index
-                    if free and sum(free[-1]) == cluster:
-                        free[-1] = (free[-1][0], free[-1][1] + 1)
-                    else:
-                        free.append((cluster, 1))
-            await self._write_blocks([number])
+        touched: dict[int, None] = {}
+        counted = 0
+        for start, count in runs:
+            for number, first, length in self._split(start, count):
+                block = await self._block(number)
+                if block is None:
+                    continue
+                touched[number] = None
+                base = number << self._block_bits
+                for index in range(first, first + length):
+                    references = block.get(index)
+                    # a count of 0 was wrong already: leave it to the check
+                    if references:
+                        block.set(index, references - 1)
+                    if references == 1:
+                        _append(free, base + index)
+                counted += length
+                if counted > _TURN:
+                    counted = 0
+                    await asyncio.sleep(0)
+        await self._write_blocks(list(touched))
         return free
 
     # -- searching

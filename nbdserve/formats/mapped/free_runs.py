@@ -1,0 +1,54 @@
+"""The free clusters of an image that are known, as runs without neighbours."""
+
+
+class FreeRuns:
+    """Disjoint runs of cluster numbers; runs that touch become one.
+
+    A run is found by either end, so that adding one costs the same however many there
+    are: a guest may discard its disk in a hundred thousand pieces.
+    """
+
+    def __init__(self) -> None:
+        self._by_start: dict[int, int] = {}
+        self._by_end: dict[int, int] = {}
+
+    def runs(self) -> list[tuple[int, int]]:
+        """Return all runs as (first cluster, count), in no order."""
+        return list(self._by_start.items())
+
+    def add(self, start: int, count: int) -> None:
+        """Add clusters that are not in here yet."""
+        end = start + count
+        before = self._by_end.pop(start, None)
+        if before is not None:
+            del self._by_start[before]
+            start = before
+        after = self._by_start.pop(end, None)
+        if after is not None:
+            del self._by_end[end + after]
+            end += after
+        self._by_start[start] = end - start
+        self._by_end[end] = start
+
+    def take(self, wanted: int, contiguous: int) -> list[tuple[int, int]]:
+        """Take up to `wanted` clusters out, in runs of at least `contiguous`."""
+        taken: list[tuple[int, int]] = []
+        for start, count in list(self._by_start.items()):
+            if wanted <= 0:
+                break
+            if count < contiguous:
+                continue
+            piece = min(count, wanted)
+            if piece < contiguous:
+                continue
+            del self._by_start[start]
+            del self._by_end[start + count]
+            taken.append((start, piece))
+            wanted -= piece
+            if piece < count:
+                self.add(start + piece, count - piece)
+        return taken
+
+    def last_before(self, end: int) -> int:
+        """Return where the run begins that ends at `end`; `end` if there is none."""
+        return self._by_end.get(end, end)

@@ -1,0 +1,32 @@
+"""Many jobs under way, their results in order: what keeps disks and cores busy."""
+
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any, TypeVar
+
+Result = TypeVar("Result")
+
+
+async def in_order(
+    jobs: AsyncIterator[Coroutine[Any, Any, Result]], depth: int
+) -> AsyncIterator[Result]:
+    """Run `depth` jobs at a time and yield what they return in the order of `jobs`.
+
+    Close it (`contextlib.aclosing`) if it is left early: the jobs under way are
+    cancelled and waited for then.
+    """
+    running: deque[asyncio.Task[Result]] = deque()
+    try:
+        async for job in jobs:
+            running.append(asyncio.create_task(job))
+            if len(running) >= depth:
+                yield await running[0]
+                running.popleft()
+        while running:
+            yield await running[0]
+            running.popleft()
+    finally:
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
