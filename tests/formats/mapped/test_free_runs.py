@@ -1,3 +1,5 @@
+import itertools
+
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -14,7 +16,7 @@ def test_runs_join_and_are_taken(
     runs = sorted(free.runs())
 
     assert [c for s, n in runs for c in range(s, s + n)] == sorted(clusters)
-    assert all(a + n < b for (a, n), (b, _) in zip(runs, runs[1:], strict=False))
+    assert all(a + n < b for (a, n), (b, _) in itertools.pairwise(runs))
     for start, count in runs:
         assert free.last_before(start + count) == start
 
