@@ -76,19 +76,3 @@ def adopt(
     if asyncio.isfuture(waits_for):
         waits_for._asyncio_future_blocking = False  # noqa: SLF001
     return loop.create_task(_Started(coroutine, waits_for))
-
-
-def start(
-    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, _T]
-) -> tuple[bool, _T | asyncio.Task[_T]]:
-    """Drive a coroutine up to its first wait.
-
-    Returns:
-        True and its result if it did not wait, else False and the task in which
-        it goes on.
-    """
-    try:
-        waits_for = coroutine.send(None)
-    except StopIteration as finished:
-        return True, finished.value
-    return False, adopt(loop, coroutine, waits_for)

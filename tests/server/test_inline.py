@@ -5,9 +5,20 @@ from typing import Any, TypeVar
 
 import pytest
 
-from nbdserve.server.inline import start
+from nbdserve.server.inline import adopt
 
 T = TypeVar("T")
+
+
+def start(
+    loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]
+) -> tuple[bool, T | asyncio.Task[T]]:
+    """Do as the session does."""
+    try:
+        waits_for = coroutine.send(None)
+    except StopIteration as finished:
+        return True, finished.value
+    return False, adopt(loop, coroutine, waits_for)
 
 
 async def test_a_coroutine_that_need_not_wait_needs_no_task() -> None:
