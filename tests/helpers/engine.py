@@ -113,10 +113,10 @@ class Disk:
     async def assert_content(self) -> None:
         """Compare everything a guest reads with the model."""
         found = await self.image.read(0, self.image.size)
-        first = next(
-            (at for at in range(len(found)) if found[at] != self.model[at]), None
-        )
-        assert found == self.model, f"differs from byte {first} on"
+        if found != self.model:
+            pairs = enumerate(zip(found, self.model, strict=True))
+            first = next(at for at, (one, other) in pairs if one != other)
+            raise AssertionError(f"differs from byte {first:#x} on")
 
     def saved(self) -> Path:
         """Save the bytes of the file as they are now."""
