@@ -22,9 +22,11 @@ from nbdserve.formats.chain import (
 )
 from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
 from nbdserve.formats.qcow1.open import Qcow1Driver
+from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.open import Qcow2Driver
 from nbdserve.formats.raw import RawImage
 from nbdserve.storage.base import Storage
+from nbdserve.storage.names import shown
 
 
 class RawDriver:
@@ -66,15 +68,32 @@ class OpeningImage:
         path: str | os.PathLike[str],
         options: ChainOptions,
         engine: EngineOptions,
+        snapshot: str | None = None,
     ) -> None:
         self._path = path
         self._options = options
         self._engine = engine
+        self._snapshot = snapshot
         self._device: BlockDevice | None = None
 
     def __await__(self) -> Generator[Any, None, BlockDevice]:
         """Open the image; the caller closes it."""
-        return open_chain(self._path, self._options, drivers(self._engine)).__await__()
+        return self._open().__await__()
+
+    async def _open(self) -> BlockDevice:
+        device = await open_chain(self._path, self._options, drivers(self._engine))
+        if self._snapshot is None:
+            return device
+        try:
+            if isinstance(device, Qcow2Image):
+                return await device.at_snapshot(self._snapshot)
+        except BaseException:
+            await device.close()
+            raise
+        await device.close()
+        raise ConfigError(
+            f"{shown(self._path)}: only qcow2 images have internal snapshots"
+        )
 
     async def __aenter__(self) -> BlockDevice:
         """Open the image."""
@@ -102,6 +121,7 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
     cache: str = "writeback",
     lock: bool = True,
     state_dir: str | os.PathLike[str] | None = None,
+    snapshot: str | None = None,
 ) -> OpeningImage:
     """Open a disk image with its backing files.
 
@@ -120,6 +140,8 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
         state_dir: Where acknowledged writes that had to copy are noted until the next
             commit, so that they survive a killed process: a folder on tmpfs. Without
             one, such writes wait for the disk.
+        snapshot: Name or id of an internal snapshot of a qcow2 image, whose disk to
+            open instead of the active one; `read_only` only.
 
     Raises:
         ConfigError: There is no such file, no permission, or an option is unknown.
@@ -130,6 +152,8 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
         raise ConfigError(
             f"cache mode {cache!r} is not one of: writeback, writethrough"
         )
+    if snapshot is not None and not read_only:
+        raise ConfigError("a snapshot can only be opened read-only")
     return OpeningImage(
         path,
         ChainOptions(
@@ -140,4 +164,5 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
             lock=lock,
         ),
         EngineOptions(state_dir=Path(state_dir) if state_dir is not None else None),
+        snapshot,
     )

@@ -90,6 +90,21 @@ class ClusterCounts:
             for number, start, stop in _pieces(first, length)
         )
 
+    def beyond(self, other: "ClusterCounts") -> "ClusterCounts":
+        """Return by how much each count is larger than that of `other`."""
+        result = ClusterCounts()
+        for number, segment in self._segments.items():
+            base = number << SEGMENT_BITS
+            theirs = other.segment(number)
+            if segment == theirs and _MANY not in segment:
+                continue
+            for index, count in enumerate(segment):
+                if count != theirs[index] or count == _MANY:
+                    more = self[base + index] - other[base + index]
+                    if more > 0:
+                        result.add(base + index, 1, more)
+        return result
+
     def last(self) -> int:
         """Return the highest cluster that counts more than 0, -1 if none does."""
         for number in sorted(self._segments, reverse=True):

@@ -8,7 +8,6 @@ from nbdserve.errors import ImageCorruptError, ImageError
 from nbdserve.formats.chain import BackingReference
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.geometry import Geometry
-from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.inflate import inflate, unzstd
 from nbdserve.formats.mapped.opening import (
     DEFAULT_OPTIONS,
@@ -35,6 +34,7 @@ from nbdserve.formats.qcow2.header import (
     require_supported,
     require_writable,
 )
+from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.rebuild import rebuild_refcounts
 from nbdserve.formats.qcow2.refcounts import RefcountedPool, load_refcount_table
 from nbdserve.formats.qcow2.snapshot_table import judge_snapshot, parse_snapshot_table
@@ -113,7 +113,7 @@ class Qcow2Driver:
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
         parts = Parts(storage, geometry, codec, tables, pins, backing)
         decompress = unzstd if header.compression_type == COMPRESSION_ZSTD else inflate
-        image = MappedImage(parts, decompress, space)
+        image = Qcow2Image(parts, decompress, space, header, table_cache=limit)
         if not read_only:
             await start_redo(image, storage, self.options.state_dir)
         return image

@@ -12,16 +12,19 @@ moves over to it.
 
 import asyncio
 import struct
+import sys
 from array import array
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from errno import EFBIG
 from functools import cache
+from operator import add
 from typing import Final
 
-from nbdserve.errors import ImageCorruptError
+from nbdserve.errors import ImageCorruptError, ImageError
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.mapped.tables import decode_words, encode_words
+from nbdserve.formats.qcow2.cluster_counts import ClusterCounts
 from nbdserve.formats.qcow2.entries import OFFSET_MASK
 from nbdserve.formats.qcow2.header import (
     MAX_REFCOUNT_TABLE_BYTES,
@@ -125,6 +128,32 @@ class Block:
         mask = (1 << bits) - 1 << shift
         self.data[position] = self.data[position] & ~mask | value << shift
         self._touch(position, position + 1)
+
+    def counts(self, index: int, count: int) -> "array[int]":
+        """Return neighbouring counts."""
+        if self._order < 3:
+            return array("Q", [self.get(index + each) for each in range(count)])
+        width = 1 << self._order - 3
+        counts = array(
+            "BHIQ"[self._order - 3], self.data[index * width : (index + count) * width]
+        )
+        if sys.byteorder == "little":
+            counts.byteswap()
+        return counts
+
+    def put_counts(self, index: int, counts: Sequence[int]) -> None:
+        """Change neighbouring counts."""
+        if self._order < 3:
+            for position, value in enumerate(counts, index):
+                self.set(position, value)
+            return
+        width = 1 << self._order - 3
+        words = array("BHIQ"[self._order - 3], counts)
+        if sys.byteorder == "little":
+            words.byteswap()
+        start, end = index * width, (index + len(counts)) * width
+        self.data[start:end] = words.tobytes()
+        self._touch(start, end)
 
     def used(self) -> bytes:
         """Return a byte for each count: 0 if the cluster is free."""
@@ -258,6 +287,94 @@ class RefcountedPool(Pool):
         cluster = host_offset >> self._cluster_bits
         block = await self._block(cluster >> self._block_bits)
         return block.get(cluster & (1 << self._block_bits) - 1) if block else 0
+
+    # -- sharing
+
+    async def counts(self, start: int, count: int) -> list[int]:
+        """Return the references of neighbouring clusters; 0 where no block counts them."""
+        found: list[int] = []
+        for number, first, length in self._split(start, count):
+            block = await self._block(number)
+            found += block.counts(first, length) if block else [0] * length
+        return found
+
+    async def require_room(self, more: ClusterCounts) -> None:
+        """Refuse more references than a refcount can hold.
+
+        Raises:
+            ImageError: Names the width.
+        """
+        async for _, block, first, added in self._pieces(more):
+            old = block.counts(first, len(added))
+            if any(map(self._limit.__lt__, map(add, old, added))):
+                raise ImageError(
+                    f"{self._storage.name}: a cluster would be used more than"
+                    f" {self._limit} times, and its refcounts of {1 << self._order}"
+                    " bits can't say that"
+                )
+
+    async def share(self, more: ClusterCounts) -> None:
+        """Give clusters more references, in the file; `require_room` comes first.
+
+        If it fails, none of them has one in memory, and the file may have leaks.
+        """
+        changed: list[tuple[Block, int, Sequence[int]]] = []
+        async with self._lock:
+            try:
+                async for _, block, first, added in self._pieces(more):
+                    old = block.counts(first, len(added))
+                    changed.append((block, first, old))
+                    block.put_counts(first, list(map(add, old, added)))
+                await self._write_blocks(self._touched())
+            except BaseException:
+                for block, first, before in reversed(changed):
+                    block.put_counts(first, before)
+                raise
+
+    async def unshare(self, fewer: ClusterCounts) -> None:
+        """Take references from clusters, in the file.
+
+        Nothing durable may name them that often any more. Those without any reference left
+        are punched, and can be reserved again.
+        """
+        free: list[tuple[int, int]] = []
+        async with self._lock:
+            async for number, block, first, taken in self._pieces(fewer, skip=True):
+                old = block.counts(first, len(taken))
+                # a count too low was wrong already: leave it to the check
+                new = [max(a - b, 0) for a, b in zip(old, taken, strict=True)]
+                block.put_counts(first, new)
+                base = (number << self._block_bits) + first
+                for index, value in enumerate(new):
+                    if not value and old[index]:
+                        _append(free, base + index)
+            await self._write_blocks(self._touched())
+            for run in free:
+                await self._zero(*run)
+                self._keep_free(*run)
+
+    def _touched(self) -> list[int]:
+        return [number for number, block in self._blocks.items() if not block.clean]
+
+    async def _pieces(
+        self, counts: ClusterCounts, *, skip: bool = False
+    ) -> AsyncIterator[tuple[int, Block, int, list[int]]]:
+        """Yield number, refcount block, first index there, and `counts` from there on.
+
+        A block that does not exist is an error, unless it is to be skipped.
+        """
+        for start, length in counts.used_ranges():
+            for number, first, piece in self._split(start, length):
+                base = (number << self._block_bits) + first
+                values = counts.counts(base, piece)
+                if not any(values):
+                    continue
+                block = await self._block(number)
+                if block is not None:
+                    yield number, block, first, values
+                elif not skip:
+                    await self._existing(number)
+            await asyncio.sleep(0)
 
     # -- reserving
 

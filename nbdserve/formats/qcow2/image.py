@@ -1,0 +1,119 @@
+"""An open qcow2 image, with what this format has beyond reading and writing."""
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+from nbdserve.formats.mapped.image import MappedImage
+from nbdserve.formats.mapped.inflate import Decompress
+from nbdserve.formats.mapped.opening import load_l1
+from nbdserve.formats.mapped.parts import Parts, Space
+from nbdserve.formats.mapped.tables import Tables
+from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.snapshot_table import Snapshot
+from nbdserve.formats.qcow2.snapshots import (
+    Snapshots,
+    find_snapshot,
+    judged,
+    read_snapshots,
+)
+from nbdserve.formats.qcow2.structure import Structure
+
+
+class Qcow2Image(MappedImage):
+    """An open qcow2 image; what changes its structure keeps writers waiting meanwhile."""
+
+    def __init__(
+        self,
+        parts: Parts,
+        decompress: Decompress,
+        space: Space | None,
+        header: Header,
+        *,
+        table_cache: int,
+    ) -> None:
+        """See `MappedImage`; `table_cache` is the bytes that its tables may take."""
+        super().__init__(parts, decompress, space)
+        self._opened_header = header
+        self._structure = Structure(parts, space, header) if space is not None else None
+        self._table_cache = table_cache
+        self._decompress = decompress
+
+    @property
+    def header(self) -> Header:
+        """The header as it is in the file, where tables and sizes are concerned."""
+        structure = self._structure
+        return self._opened_header if structure is None else structure.header
+
+    async def snapshots(self) -> list[Snapshot]:
+        """Return the internal snapshots, in the order of the file.
+
+        Raises:
+            ImageCorruptError: Their table is broken.
+        """
+        found, _ = await read_snapshots(self._parts.storage, self.header)
+        return found
+
+    async def create_snapshot(self, name: str) -> None:
+        """Keep the disk as it is now under a name; see `Snapshots.create`."""
+        async with self.structure() as structure:
+            await Snapshots(structure).create(name)
+
+    async def delete_snapshot(self, name: str) -> None:
+        """Delete the snapshot with that name or id; see `Snapshots.delete`."""
+        async with self.structure() as structure:
+            await Snapshots(structure).delete(name)
+
+    async def apply_snapshot(self, name: str) -> None:
+        """Go back to the snapshot with that name or id; see `Snapshots.apply`."""
+        async with self.structure() as structure:
+            try:
+                await Snapshots(structure).apply(name)
+            finally:
+                self.size = self._parts.geometry.size
+
+    async def at_snapshot(self, name: str) -> "Qcow2Image":
+        """Return the disk of a snapshot, read-only.
+
+        It takes over this image's files, so close it instead of this one, which must
+        be read-only too.
+
+        Raises:
+            ConfigError: There is no such snapshot.
+            ImageCorruptError: Its tables are impossible.
+        """
+        parts, header = self._parts, self.header
+        snapshot = find_snapshot(await self.snapshots(), name)
+        size = judged(snapshot, header, parts.storage.size)
+        geometry = replace(
+            parts.geometry,
+            size=size,
+            l1_offset=snapshot.l1_table_offset,
+            l1_entries=snapshot.l1_size,
+        )
+        tables = Tables(
+            parts.storage,
+            geometry,
+            parts.codec,
+            await load_l1(parts.storage, geometry),
+            parts.pins,
+            limit=self._table_cache,
+        )
+        below = replace(parts, geometry=geometry, tables=tables)
+        return Qcow2Image(
+            below, self._decompress, None, header, table_cache=self._table_cache
+        )
+
+    @asynccontextmanager
+    async def structure(self) -> AsyncIterator[Structure]:
+        """Have the image alone, to change its header and tables.
+
+        Raises:
+            RequestError: The image is open read-only.
+            OSError: What came before could not be made durable.
+        """
+        structure = self._structure
+        async with self.exclusive():
+            if structure is None:
+                raise TypeError("an image with space has a structure")
+            yield structure

@@ -1,0 +1,186 @@
+"""What an open qcow2 image is made of besides guest data: its header, tables and their places.
+
+Snapshots, resizing and amending change these, each in an order in which a power cut
+leaves the old image or the new one, and leaks at most:
+
+    new table in new clusters -> barrier -> one write within sector 0 -> barrier
+    -> the old table's clusters are given back
+"""
+
+from array import array
+from dataclasses import replace
+
+from nbdserve.errors import ImageError
+from nbdserve.formats.mapped.parts import Parts, Space
+from nbdserve.formats.mapped.tables import Table, encode_words
+from nbdserve.formats.qcow2.entries import COPIED, OFFSET_MASK
+from nbdserve.formats.qcow2.header import (
+    L1_GROUP_OFFSET,
+    MAX_L1_BYTES,
+    Header,
+    encode_l1_group,
+)
+from nbdserve.formats.qcow2.refcounts import RefcountedPool
+from nbdserve.formats.qcow2.tree import Tree, data_runs, difference, without_copied
+
+
+class Structure:
+    """The header of one writable image as it is in the file, and ways to change tables.
+
+    All of it wants the image alone (`MappedImage.exclusive`).
+
+    Attributes:
+        header: As it is in the file.
+    """
+
+    def __init__(self, parts: Parts, space: Space, header: Header) -> None:
+        """Join the parts."""
+        if not isinstance(space.pool, RefcountedPool):
+            raise TypeError("this is not the space of a qcow2 image")
+        self.parts = parts
+        self.header = header
+        self.pool: RefcountedPool = space.pool
+        self.commit = space.commit
+        self.tree = Tree(parts, space.pool)
+
+    # -- clusters for tables
+
+    async def take(self, length: int) -> int:
+        """Take clusters for a table of `length` bytes: counted, durable, and zeros.
+
+        Returns:
+            Their host offset.
+        """
+        bits = self.parts.geometry.cluster_bits
+        count = max(1, self.parts.geometry.align_up(length) >> bits)
+        while (grant := self.pool.take_whole(count)) is None:
+            await self.pool.refill(count)
+        first = grant.host_offset >> bits
+        self.pool.metadata.update(range(first, first + count))
+        return grant.host_offset
+
+    def give_back(self, host_offset: int, length: int) -> None:
+        """Free the clusters of a table that nothing names any more."""
+        if not length:
+            return
+        bits = self.parts.geometry.cluster_bits
+        first, last = host_offset >> bits, host_offset + length - 1 >> bits
+        self.pool.metadata.difference_update(range(first, last + 1))
+        self.commit.free(host_offset, length)
+
+    async def write_header(self, offset: int, data: bytes) -> None:
+        """Change fields of sector 0, durably; what they name is durable already.
+
+        Raises:
+            OSError: Nobody knows which header the file has, so nothing more is written
+                until the image is opened anew.
+        """
+        try:
+            await self.parts.storage.write(offset, data)
+        except OSError as error:
+            self.commit.failed = error
+            raise
+        await self.commit.barrier()
+
+    # -- COPIED flags
+
+    async def clear_copied(self) -> None:
+        """Clear COPIED in all active tables; durable after the next barrier."""
+        l1 = self.parts.tables.l1
+        for number in self.tree.numbers():
+            table = await self._table(number)
+            await self.rewrite(table, without_copied(table.words))
+        await self.rewrite(l1, without_copied(l1.words))
+
+    async def set_copied(self) -> None:
+        """Set COPIED in the active tables wherever a refcount is 1, and clear it elsewhere."""
+        l1 = self.parts.tables.l1
+        bits = self.parts.geometry.cluster_bits
+        size = self.parts.geometry.cluster_size
+        entries = without_copied(l1.words)
+        for number in self.tree.numbers():
+            table = await self._table(number)
+            words = without_copied(table.words)
+            for index, host_offset, count in list(data_runs(words, size)):
+                references = await self.pool.counts(host_offset >> bits, count)
+                for position, value in enumerate(references, index):
+                    if value == 1:
+                        words[position] |= COPIED
+            await self.rewrite(table, words)
+            if await self.pool.references(table.host_offset) == 1:
+                entries[number] |= COPIED
+        await self.rewrite(l1, entries)
+
+    async def _table(self, number: int) -> Table:
+        table = await self.parts.tables.load(number)
+        if table is None:
+            raise ImageError(f"{self.parts.storage.name}: L1 entry {number} is gone")
+        return table
+
+    async def rewrite(self, table: Table, words: "array[int]") -> None:
+        """Write those words of a table that are others now, in the file and in memory."""
+        changed = difference(table.words, words)
+        if changed is None:
+            return
+        first, last = changed
+        # what is read meanwhile must be this table, not another copy
+        table.users += 1
+        try:
+            data = encode_words(words[first : last + 1])
+            await self.parts.storage.put(table.host_offset + 8 * first, data)
+        finally:
+            table.users -= 1
+        table.words[:] = words
+
+    # -- the L1 table
+
+    async def grow_l1(self, entries: int) -> None:
+        """Move the L1 table to a larger place.
+
+        Raises:
+            ImageError: It would be larger than is allowed.
+        """
+        l1 = self.parts.tables.l1
+        if 8 * entries > MAX_L1_BYTES:
+            raise ImageError(
+                f"{self.parts.storage.name}: would need {entries} L1 entries, at most"
+                f" {MAX_L1_BYTES // 8} are allowed; larger clusters map more"
+            )
+        host_offset = await self.take(8 * entries)
+        words = l1.words + array("Q", bytes(8 * (entries - len(l1.words))))
+        try:
+            await self.parts.storage.put(host_offset, encode_words(words))
+            await self.commit.barrier()
+        except BaseException:
+            self.give_back(host_offset, 8 * entries)
+            raise
+        await self.write_header(L1_GROUP_OFFSET, encode_l1_group(entries, host_offset))
+        old_offset, old_length = l1.host_offset, 8 * len(l1.words)
+        self.adopt_l1(host_offset, words)
+        self.give_back(old_offset, old_length)
+
+    def adopt_l1(self, host_offset: int, words: "array[int]") -> None:
+        """Let `words` at `host_offset` be the active L1 table in memory."""
+        parts = self.parts
+        l1 = parts.tables.l1
+        l1.host_offset = host_offset
+        l1.words = words
+        l1.kinds = bytearray(len(words))
+        self.header = replace(
+            self.header, l1_size=len(words), l1_table_offset=host_offset
+        )
+        parts.geometry.l1_offset = host_offset
+        parts.geometry.l1_entries = len(words)
+
+    def set_size(self, size: int) -> None:
+        """Let the header, which has it already, and the disk have another size."""
+        self.header = replace(self.header, size=size)
+        self.parts.geometry.size = self.header.disk_size
+
+    def adopt_tree(self, host_offset: int, words: "array[int]") -> None:
+        """Let another tree of tables be the active disk in memory."""
+        bits = self.parts.geometry.cluster_bits
+        self.parts.tables.cached.clear()
+        self.adopt_l1(host_offset, words)
+        self.pool.tables.clear()
+        self.pool.tables.update((word & OFFSET_MASK) >> bits for word in words if word)
