@@ -13,6 +13,9 @@ OK = 0
 FAILED = 1
 INTERRUPTED = 130
 
+#: What stands for a failure where 1 has a meaning of its own.
+FAILURE_CODES = {"image compare": 2}
+
 #: The words of a command, its module, and what `nbdserve --help` says of it.
 COMMANDS = {
     "serve": ("nbdserve.cli.serve", "serve disk images to NBD clients"),
@@ -21,6 +24,9 @@ COMMANDS = {
     "image info": ("nbdserve.cli.image.info", "describe an image"),
     "image check": ("nbdserve.cli.image.check", "look for damage in an image"),
     "image map": ("nbdserve.cli.image.map", "show where an image holds data"),
+    "image measure": ("nbdserve.cli.image.measure", "compute the size of a copy"),
+    "image compare": ("nbdserve.cli.image.compare", "compare what two disks hold"),
+    "image convert": ("nbdserve.cli.image.convert", "copy a disk to another format"),
 }
 
 DESCRIPTION = "An NBD server for raw, qcow and qcow2 disk images."
@@ -44,6 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         The exit code: 1 for any failure, unless the command has others.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    failed = FAILURE_CODES.get(" ".join(words[:2]), FAILED)
     try:
         code = _run(words)
         sys.stdout.flush()
@@ -52,9 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             from nbdserve.cli.output import discard_stdout
 
             discard_stdout()
-            return FAILED
+            return failed
         print(f"nbdserve: {explain(error)}", file=sys.stderr)
-        return FAILED
+        return failed
     except KeyboardInterrupt:
         return INTERRUPTED
     return code

@@ -1,7 +1,8 @@
 """Copying a disk into another one: sparse, with several requests under way."""
 
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncGenerator, Callable, Coroutine
 from contextlib import aclosing
+from dataclasses import dataclass
 from errno import ENOTSUP, EOPNOTSUPP
 from typing import Any, Final
 
@@ -60,7 +61,7 @@ async def copy_into_new(
             await destination.write(window.offset + start, view[start:end])
         return window.offset + window.length
 
-    async def steps() -> AsyncIterator[Coroutine[Any, Any, int]]:
+    async def steps() -> AsyncGenerator[Coroutine[Any, Any, int]]:
         async with aclosing(windows(devices, size)) as found:
             async for window in found:
                 yield step(window)
@@ -83,59 +84,76 @@ async def overwrite(
     Raises:
         ConfigError: The destination is too small.
     """
-    if destination.size < source.size:
-        raise ConfigError(
-            f"the destination has {destination.size} bytes, the source {source.size}"
-        )
     size = source.size
-    blank = await _zero_quickly(destination, size)
+    if destination.size < size:
+        raise ConfigError(
+            f"the destination has {destination.size} bytes, the source {size}"
+        )
     grain = max(grain, GRAIN)
-
-    async def step(window: Window) -> int:
-        length = window.length
-        if window.offset + length == size:
-            # whole blocks only; the disk has room for them or ends here too
-            length = min(-(-length // grain) * grain, destination.size - window.offset)
-        data = await read_window(source, window, length)
-        view = memoryview(data)
-        position = 0
-        for start, end in [*nonzero_runs(data, grain), (length, length)]:
-            if position < start and not blank:
-                await destination.write_zeroes(
-                    window.offset + position, start - position
-                )
-            if start < end:
-                await destination.write(window.offset + start, view[start:end])
-            position = end
-        return window.offset + window.length
-
-    async def zero(start: int, end: int) -> int:
-        while start < end:
-            length = min(end - start, _ZERO_STEP)
-            await destination.write_zeroes(start, length)
-            start += length
-        return end
-
-    async def steps() -> AsyncIterator[Coroutine[Any, Any, int]]:
-        position = 0
-        async with aclosing(windows([source], size)) as found:
-            async for window in found:
-                if not blank and position < window.offset:
-                    yield zero(position, window.offset)
-                yield step(window)
-                position = window.offset + window.length
-        if not blank and position < size:
-            yield zero(position, size)
-
-    await _run(steps(), progress)
+    # whole blocks only: the disk has room for them, or ends here too
+    end = min(-(-size // grain) * grain, destination.size)
+    blank = await _zero_quickly(destination, end)
+    overwriting = _Overwriting(source, destination, end, grain, blank)
+    await _run(overwriting.steps(), progress)
     await destination.flush()
     progress(size)
 
 
+@dataclass(frozen=True, slots=True)
+class _Overwriting:
+    """One disk on its way over another one.
+
+    Attributes:
+        source: What is copied.
+        destination: What is written.
+        end: Bytes to write from the beginning, whole blocks.
+        grain: Bytes of a block.
+        blank: Whether the destination is zeros by now.
+    """
+
+    source: BlockDevice
+    destination: BlockDevice
+    end: int
+    grain: int
+    blank: bool
+
+    async def steps(self) -> AsyncGenerator[Coroutine[Any, Any, int]]:
+        """Yield a job for each step; what lies between them is zeroed."""
+        position, size = 0, self.source.size
+        async with aclosing(windows([self.source], size)) as found:
+            async for window in found:
+                if position < window.offset:
+                    yield self._zero(position, window.offset)
+                yield self._copy(window)
+                position = window.offset + window.length
+        if position < size:
+            yield self._zero(position, self.end)
+
+    async def _copy(self, window: Window) -> int:
+        start, stop = window.offset, window.offset + window.length
+        if stop == self.source.size:
+            stop = self.end
+        data = await read_window(self.source, window, stop - start)
+        view = memoryview(data)
+        position = start
+        for first, last in nonzero_runs(data, self.grain):
+            await self._zero(position, start + first)
+            await self.destination.write(start + first, view[first:last])
+            position = start + last
+        return await self._zero(position, stop)
+
+    async def _zero(self, start: int, end: int) -> int:
+        while start < end and not self.blank:
+            length = min(end - start, _ZERO_STEP)
+            await self.destination.write_zeroes(start, length)
+            start += length
+        return end
+
+
 async def _run(
-    steps: AsyncIterator[Coroutine[Any, Any, int]], progress: Progress
+    steps: AsyncGenerator[Coroutine[Any, Any, int]], progress: Progress
 ) -> None:
-    async with aclosing(in_order(steps, DEPTH)) as done:
+    async with aclosing(steps), aclosing(in_order(steps, DEPTH)) as done:
         async for position in done:
             progress(position)
 
@@ -155,5 +173,3 @@ async def _zero_quickly(destination: BlockDevice, size: int) -> bool:
             return False
         position += length
     return True
-
-

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections import deque
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine
 from typing import Any, TypeVar
 
 Result = TypeVar("Result")
@@ -10,7 +10,7 @@ Result = TypeVar("Result")
 
 async def in_order(
     jobs: AsyncIterator[Coroutine[Any, Any, Result]], depth: int
-) -> AsyncIterator[Result]:
+) -> AsyncGenerator[Result]:
     """Run `depth` jobs at a time and yield what they return in the order of `jobs`.
 
     Close it (`contextlib.aclosing`) if it is left early: the jobs under way are
@@ -21,11 +21,13 @@ async def in_order(
         async for job in jobs:
             running.append(asyncio.create_task(job))
             if len(running) >= depth:
-                yield await running[0]
-                running.popleft()
+                result = await running[0]
+                del running[0]
+                yield result
         while running:
-            yield await running[0]
-            running.popleft()
+            result = await running[0]
+            del running[0]
+            yield result
     finally:
         for task in running:
             task.cancel()

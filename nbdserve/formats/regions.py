@@ -5,11 +5,13 @@ hold something else than zeros? A disk that is shorter than another one reads as
 past its end.
 """
 
-from collections.abc import AsyncIterator, Sequence
-from typing import Final, NamedTuple
+from collections.abc import AsyncGenerator, Sequence
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.block.extents import Extent
+
+if TYPE_CHECKING:
+    from nbdserve.block.extents import Extent
 
 #: Bytes that one step of an operation handles, and that one buffer holds.
 STEP: Final = 1 << 20
@@ -66,7 +68,7 @@ class _Cursor:
 
 async def nonzero_ranges(
     devices: Sequence[BlockDevice], size: int
-) -> AsyncIterator[tuple[int, int]]:
+) -> AsyncGenerator[tuple[int, int]]:
     """Yield offset and length of ranges in which some disk may hold more than zeros.
 
     Args:
@@ -89,12 +91,12 @@ async def nonzero_ranges(
 
 async def windows(
     devices: Sequence[BlockDevice], size: int, step: int = STEP
-) -> AsyncIterator[Window]:
+) -> AsyncGenerator[Window]:
     """Yield the steps in which some disk may hold more than zeros; others are left out."""
     index = -1
     parts: list[tuple[int, int]] = []
-    async for offset, length in nonzero_ranges(devices, size):
-        end = offset + length
+    async for start, length in nonzero_ranges(devices, size):
+        offset, end = start, start + length
         while offset < end:
             if offset // step != index:
                 if parts:

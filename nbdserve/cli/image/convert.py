@@ -1,0 +1,188 @@
+"""`nbdserve image convert`: copy a disk into another format or to another place."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from nbdserve.cli.parser import judged, one_of
+from nbdserve.config.units import parse_size
+
+if TYPE_CHECKING:
+    from nbdserve.block.device import BlockDevice
+
+TAKES = "SRC DST"
+
+DESCRIPTION = """\
+Copy a disk. SRC is an image or an NBD URI. DST is a new image, which appears whole
+or not at all; or a block device or an NBD URI, which is overwritten. Zeros take no
+space. SRC must not be written meanwhile."""
+
+EXAMPLES = """\
+examples:
+  nbdserve image convert disk.img disk.qcow2
+  nbdserve image convert disk.qcow2 small.qcow2 --compress zstd
+  nbdserve image convert nbd://127.0.0.1/disk copy.qcow2
+  nbdserve image convert disk.qcow2 'nbd+unix:///disk?socket=/run/nbd.sock'"""
+
+_LAYOUT = ("backing", "cluster_size", "compat", "compress", "preallocation")
+_FORMATS = ("qcow2", "qcow", "raw")
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    parser.add_argument("source", metavar="SRC", help="a path or an NBD URI")
+    parser.add_argument("destination", metavar="DST", help="a path or an NBD URI")
+    parser.add_argument(
+        "--from-format",
+        metavar="F",
+        type=one_of(*_FORMATS),
+        help="of SRC: raw, qcow or qcow2 (default: what its header says, else raw)",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="qcow2|qcow|raw",
+        type=one_of(*_FORMATS),
+        help="of DST (default: qcow2, raw for a device or URI)",
+    )
+    parser.add_argument(
+        "--allow-backing",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="also open backing files below DIR, not only from the image's own folder",
+    )
+    define_layout(parser)
+    parser.add_argument(
+        "--compress",
+        metavar="zlib|zstd",
+        type=one_of("zlib", "zstd"),
+        help="compress each cluster, on all cores (qcow2; zstd needs qemu 5.1 or later)",
+    )
+    group = parser.add_argument_group("backing file of DST")
+    group.add_argument(
+        "--backing",
+        metavar="PATH",
+        help="store only what differs from this image; its name as it will be"
+        " recorded: a relative one counts from the folder of DST",
+    )
+    group.add_argument(
+        "--backing-format",
+        metavar="F",
+        type=one_of(*_FORMATS),
+        help="its format: raw, qcow or qcow2; needed with --backing",
+    )
+
+
+def define_layout(parser: argparse.ArgumentParser) -> None:
+    """Add what can be chosen about the layout of a new image."""
+    parser.add_argument(
+        "--cluster-size",
+        metavar="S",
+        type=judged(parse_size),
+        help="of qcow2: 512 to 2M, a power of two (default: 64K)",
+    )
+    parser.add_argument(
+        "--compat",
+        metavar="2|3",
+        type=one_of("2", "3"),
+        help="version of qcow2: 2 for very old readers (default: 3)",
+    )
+    parser.add_argument(
+        "--refcount-bits",
+        metavar="N",
+        type=one_of("1", "2", "4", "8", "16", "32", "64"),
+        help="width of a qcow2 reference count: 1 to 64, a power of two (default: 16)",
+    )
+    parser.add_argument(
+        "--preallocation",
+        metavar="off|falloc",
+        type=one_of("off", "falloc"),
+        help="falloc takes all the space from the file system now (default: off)",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Copy the disk; say nothing when it worked, as cp does."""
+    from nbdserve.cli.image import named_errors
+    from nbdserve.cli.image.disks import is_block_device, is_uri
+    from nbdserve.cli.progress import run_interruptibly
+    from nbdserve.errors import ConfigError
+
+    if bool(arguments.backing) != bool(arguments.backing_format):
+        raise ConfigError("--backing and --backing-format go together")
+    in_place = is_uri(arguments.destination) or is_block_device(arguments.destination)
+    if in_place:
+        _judge_in_place(arguments)
+    state = "the destination is half written" if in_place else "nothing was written"
+    with named_errors(arguments.destination):
+        return run_interruptibly(_convert(arguments, in_place=in_place), state=state)
+
+
+def _judge_in_place(arguments: argparse.Namespace) -> None:
+    from nbdserve.errors import ConfigError
+
+    if arguments.format not in (None, "raw"):
+        raise ConfigError(
+            f"{arguments.destination}: only raw is written to a device or an export"
+        )
+    for name in (*_LAYOUT, "refcount_bits"):
+        if getattr(arguments, name) is not None:
+            option = name.replace("_", "-")
+            raise ConfigError(f"--{option} is for new images only")
+
+
+async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
+    from nbdserve.cli.image.disks import open_source
+    from nbdserve.cli.progress import progress_bar
+    from nbdserve.formats.convert import Target, convert_to_file
+
+    source = await open_source(
+        arguments.source,
+        image_format=arguments.from_format,
+        allow_backing=arguments.allow_backing,
+    )
+    try:
+        if in_place:
+            await _overwrite(source, arguments.destination)
+            return 0
+        compat, refcount_bits = arguments.compat, arguments.refcount_bits
+        target = Target(
+            format=arguments.format or "qcow2",
+            compression=arguments.compress,
+            backing=arguments.backing,
+            backing_format=arguments.backing_format,
+            cluster_size=arguments.cluster_size,
+            compat=None if compat is None else int(compat),
+            refcount_bits=None if refcount_bits is None else int(refcount_bits),
+            preallocation=arguments.preallocation,
+        )
+        with progress_bar("converting", source.size) as progress:
+            await convert_to_file(
+                source,
+                arguments.destination,
+                target,
+                allow_backing=arguments.allow_backing,
+                progress=progress,
+            )
+    finally:
+        await source.close()
+    return 0
+
+
+async def _overwrite(source: "BlockDevice", name: str) -> None:
+    from nbdserve.cli.image.disks import connect_to, is_uri
+    from nbdserve.cli.progress import progress_bar
+    from nbdserve.formats.copy import overwrite
+    from nbdserve.formats.open import open_image
+
+    grain = 1
+    destination: BlockDevice
+    if is_uri(name):
+        destination = remote = await connect_to(name, read_only=False)
+        grain = remote.minimum_block
+    else:
+        destination = await open_image(name, format="raw")
+    try:
+        with progress_bar("copying", source.size) as progress:
+            await overwrite(source, destination, grain=grain, progress=progress)
+    finally:
+        await destination.close()

@@ -1,0 +1,83 @@
+"""Long work: a bar on a terminal, and an end in good order when it is interrupted."""
+
+import asyncio
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+INTERRUPTED = 130
+TERMINATED = 143
+
+
+@contextmanager
+def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
+    """Show how far some work is, if stderr is a terminal.
+
+    Args:
+        label: What is being done.
+        total: Bytes.
+
+    Yields:
+        What to tell how many bytes are done.
+    """
+    if not sys.stderr.isatty() or not total:
+        yield _ignore
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TaskProgressColumn,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        DownloadColumn(binary_units=True),
+        TimeRemainingColumn(),
+        console=Console(stderr=True),
+        transient=True,
+    )
+    with bar:
+        task = bar.add_task(label, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _ignore(done: int) -> None:
+    """Show nothing: nobody is looking."""
+
+
+def run_interruptibly(work: Coroutine[Any, Any, int], *, state: str) -> int:
+    """Run `work`; SIGINT and SIGTERM cancel it, and it cleans up.
+
+    Args:
+        work: Returns the exit code.
+        state: What an interruption leaves behind, for the person who caused it.
+
+    Returns:
+        The exit code, 130 after SIGINT and 143 after SIGTERM.
+    """
+    try:
+        return asyncio.run(_terminable(work))
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except asyncio.CancelledError:
+        code = TERMINATED
+    print(f"nbdserve: interrupted: {state}", file=sys.stderr)
+    return code
+
+
+async def _terminable(work: Coroutine[Any, Any, int]) -> int:
+    loop = asyncio.get_running_loop()
+    task = loop.create_task(work)
+    loop.add_signal_handler(signal.SIGTERM, task.cancel)
+    try:
+        return await task
+    finally:
+        loop.remove_signal_handler(signal.SIGTERM)

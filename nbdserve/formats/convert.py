@@ -1,0 +1,197 @@
+"""Making a new image that holds what a disk holds.
+
+The image is written under a temporary name in its folder, made durable, and only then
+gets its own name: whatever interrupts the work, there is a whole image or none.
+"""
+
+import os
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.errors import ConfigError
+from nbdserve.formats.copy import Progress, copy_into_new
+from nbdserve.formats.create import create_image
+from nbdserve.formats.open import open_image
+from nbdserve.formats.qcow2.create import DEFAULT_CLUSTER_SIZE, Options
+from nbdserve.formats.qcow2.sequential_writer import COMPRESSORS, SequentialWriter
+from nbdserve.formats.rewrite import write_disk
+from nbdserve.storage.executor import run
+from nbdserve.storage.file import FileStorage
+from nbdserve.storage.names import shown
+from nbdserve.storage.publish import publish, require_new, temporary_name
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Target:
+    """What the new image shall be; None is "as `create_image` chooses".
+
+    Attributes:
+        format: qcow2, qcow or raw.
+        compression: zlib or zstd; None stores plain clusters.
+        backing: Name of a backing file, stored as it is. Only what differs from
+            that file is stored.
+        backing_format: Its format.
+        cluster_size: Bytes; qcow2 only, as the rest.
+        compat: 2 or 3.
+        refcount_bits: 1 to 64.
+        preallocation: See `create_image`.
+    """
+
+    format: str = "qcow2"
+    compression: str | None = None
+    backing: str | None = None
+    backing_format: str | None = None
+    cluster_size: int | None = None
+    compat: int | None = None
+    refcount_bits: int | None = None
+    preallocation: str | None = None
+
+    def __post_init__(self) -> None:
+        """Judge what `create_image` does not know.
+
+        Raises:
+            ConfigError: Choices contradict each other.
+        """
+        if self.compression is None:
+            return
+        if self.compression not in COMPRESSORS:
+            raise ConfigError(
+                f"compression {self.compression!r}: must be one of"
+                f" {', '.join(COMPRESSORS)}"
+            )
+        if self.format != "qcow2":
+            raise ConfigError("compressed images are written in format qcow2 only")
+        if self.preallocated:
+            raise ConfigError(
+                "compressed clusters have no place to preallocate: choose one of"
+                " compression and preallocation"
+            )
+        if self.compression == "zstd" and self.compat == 2:
+            raise ConfigError("compression zstd needs compat 3")
+
+    @property
+    def preallocated(self) -> bool:
+        """Whether clusters have their places before anything is written."""
+        return self.preallocation not in (None, "off")
+
+    def options(self) -> Options:
+        """Return the layout of a new qcow2 image."""
+        return Options(
+            cluster_size=self.cluster_size or DEFAULT_CLUSTER_SIZE,
+            version=3 if self.compat is None else self.compat,
+            refcount_bits=self.refcount_bits or 16,
+            backing_name=None if self.backing is None else os.fsencode(self.backing),
+            backing_format=self.backing_format if self.backing else None,
+        )
+
+
+async def convert_to_file(
+    source: BlockDevice,
+    path: str | os.PathLike[str],
+    target: Target,
+    *,
+    allow_backing: Sequence[str | os.PathLike[str]] = (),
+    progress: Progress,
+) -> None:
+    """Write what `source` holds to a new image at `path`; durable on return.
+
+    Args:
+        source: Read from the beginning to the end.
+        path: Nothing may be there.
+        target: Format and layout.
+        allow_backing: Folders in which backing files of the new one's backing file
+            may lie, besides its own.
+        progress: Told how many bytes are done.
+
+    Raises:
+        ConfigError: A choice is not possible, or the file exists.
+        ImageError: The source or the backing file can't be read.
+        OSError: Reading or writing fails.
+    """
+    path = os.fspath(path)
+    try:
+        await run(require_new, path)
+        with temporary_name(path) as temporary:
+            await run(_create, temporary, source.size, target)
+            async with AsyncExitStack() as stack:
+                backing = None
+                if target.backing is not None:
+                    folders = [os.path.dirname(path) or os.curdir, *allow_backing]
+                    backing = await stack.enter_async_context(
+                        open_image(
+                            os.path.join(os.path.dirname(path), target.backing),
+                            format=target.backing_format or "auto",
+                            read_only=True,
+                            allow_backing=folders,
+                        )
+                    )
+                await _fill(source, temporary, target, backing, progress)
+            await run(publish, temporary, path)
+    except FileExistsError as error:
+        raise ConfigError(
+            f"{shown(path)} exists already: nothing is overwritten"
+        ) from error
+
+
+def _create(path: str, size: int, target: Target) -> None:
+    """Make an empty image, which judges every option."""
+    create_image(
+        path,
+        size,
+        format=target.format,
+        backing=target.backing,
+        backing_format=target.backing_format,
+        cluster_size=target.cluster_size,
+        compat=target.compat,
+        refcount_bits=target.refcount_bits,
+        preallocation=target.preallocation,
+    )
+
+
+async def _fill(
+    source: BlockDevice,
+    path: str,
+    target: Target,
+    backing: BlockDevice | None,
+    progress: Progress,
+) -> None:
+    """Write the disk's content into the empty image at `path`."""
+    if target.format == "qcow2" and not target.preallocated:
+        await _write_sequentially(source, path, target, backing, progress)
+        return
+    folders = _backing_folders(path, target)
+    image = await open_image(path, format=target.format, allow_backing=folders)
+    try:
+        await copy_into_new(source, image, backing=backing, progress=progress)
+        await image.flush()
+    finally:
+        await image.close()
+
+
+def _backing_folders(path: str, target: Target) -> list[str]:
+    """Return where the backing file lies: the operator named it, so it may."""
+    if target.backing is None:
+        return []
+    full = os.path.join(os.path.dirname(path), target.backing)
+    return [os.path.dirname(os.path.realpath(full))]
+
+
+async def _write_sequentially(
+    source: BlockDevice,
+    path: str,
+    target: Target,
+    backing: BlockDevice | None,
+    progress: Progress,
+) -> None:
+    storage = await run(FileStorage, path)
+    try:
+        await storage.truncate(0)
+        writer = SequentialWriter(
+            storage, source.size, target.options(), compression=target.compression
+        )
+        await write_disk(source, writer, backing=backing, progress=progress)
+        await writer.finish()
+    finally:
+        await storage.close()

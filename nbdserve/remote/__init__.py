@@ -1,0 +1,1 @@
+"""Disks of other NBD servers: our own client role behind the interface of a disk."""
