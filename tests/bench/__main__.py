@@ -10,6 +10,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 
 from tests.bench import report
@@ -66,10 +67,10 @@ def parse() -> argparse.Namespace:
         "--runtime", type=float, default=2.0, help="seconds of a timed run; default: 2"
     )
     parser.add_argument(
-        "--cells", nargs="*", metavar="WORD", help="cells whose names have a word"
+        "--cells", nargs="*", metavar="NAME", help="only these; * stands for any text"
     )
     parser.add_argument(
-        "--servers", nargs="*", metavar="WORD", help="servers whose names have a word"
+        "--servers", nargs="*", metavar="NAME", help="only these, likewise"
     )
     parser.add_argument("--dir", type=Path, help="where the images are made")
     parser.add_argument(
@@ -85,9 +86,9 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def chosen(name: str, words: Sequence[str] | None) -> bool:
-    """Whether any of the words is part of the name; no words choose everything."""
-    return not words or any(word in name for word in words)
+def chosen(name: str, patterns: Sequence[str] | None) -> bool:
+    """Whether any of the patterns is the name; no patterns choose everything."""
+    return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
 
 
 class Bench:
