@@ -206,10 +206,11 @@ async def _open(
     return await open_image(
         image.path,
         format=config.format or "auto",
-        read_only=config.read_only,
+        read_only=config.read_only or config.snapshot is not None,
         allow_backing=config.allow_backing,
         cache=config.cache,
         state_dir=state_dir,
+        snapshot=config.snapshot,
     )
 
 
@@ -240,6 +241,11 @@ def _state_dir(config: ServeConfig, environment: Mapping[str, str]) -> str | Non
                 f"--state-dir {shown(config.state_dir)}: can't be written"
             )
         return config.state_dir
+    return default_state_dir(environment)
+
+
+def default_state_dir(environment: Mapping[str, str]) -> str | None:
+    """Return the folder for redo records if nobody names one; None if there is none."""
     # systemd separates several RuntimeDirectory= by colons
     candidates = [
         *environment.get("RUNTIME_DIRECTORY", "").split(":"),

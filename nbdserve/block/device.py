@@ -18,8 +18,10 @@ The contract, which the conformance tests run against each implementation:
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from errno import ENOTSUP
 
 from nbdserve.block.extents import Extent
+from nbdserve.errors import RequestError
 
 #: A range of a read buffer that is a hole: offset within the buffer, length.
 Hole = tuple[int, int]
@@ -107,6 +109,23 @@ class BlockDevice(ABC):
             At least one extent. They start at `offset`, never run past
             `offset + length`, and stop early once there are `max_extents`.
         """
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Give the disk another size; what is added reads as zeros.
+
+        Connected clients keep the size that they saw.
+
+        Args:
+            size: Bytes; qcow2 rounds up to whole sectors.
+            shrink: Allow a smaller size than now: what lies behind it is lost.
+
+        Raises:
+            ConfigError: It would be smaller without `shrink`, or can't be so large.
+            ImageError: Something in the image rules it out.
+            OSError: It can't be written.
+            RequestError: ENOTSUP, disks of this kind keep their size.
+        """
+        raise RequestError(ENOTSUP, "disks of this kind can't be resized")
 
     @abstractmethod
     async def close(self) -> None:

@@ -24,6 +24,11 @@ COMMANDS = {
     "image info": ("nbdserve.cli.image.info", "describe an image"),
     "image check": ("nbdserve.cli.image.check", "look for damage in an image"),
     "image map": ("nbdserve.cli.image.map", "show where an image holds data"),
+    "image resize": ("nbdserve.cli.image.resize", "make a disk larger or smaller"),
+    "image snapshot": (
+        "nbdserve.cli.image.snapshot",
+        "list, create, apply or delete internal snapshots",
+    ),
     "image measure": ("nbdserve.cli.image.measure", "compute the size of a copy"),
     "image compare": ("nbdserve.cli.image.compare", "compare what two disks hold"),
     "image convert": ("nbdserve.cli.image.convert", "copy a disk to another format"),
@@ -132,11 +137,11 @@ def _help_text(prefix: str) -> str:
     """Return what there is to know about the commands that begin with `prefix`."""
     lines = [f"usage: nbdserve {prefix}COMMAND ...", "", DESCRIPTION, "", "commands:"]
     lines += [
-        f"  {name:14}{summary}"
+        f"  {name:15}{summary}"
         for name, (_, summary) in COMMANDS.items()
         if name.startswith(prefix)
     ]
-    lines += ["", "options:", f"  {'-h, --help':14}show this text"]
+    lines += ["", "options:", f"  {'-h, --help':15}show this text"]
     if not prefix:
-        lines.append(f"  {'--version':14}show the version")
+        lines.append(f"  {'--version':15}show the version")
     return "\n".join([*lines, "", EXAMPLES])

@@ -86,6 +86,11 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
     )
     group.add_argument("--read-only", action="store_true", help="refuse every change")
     group.add_argument(
+        "--snapshot",
+        metavar="NAME",
+        help="serve an internal snapshot of a qcow2 image, by name or id, read-only",
+    )
+    group.add_argument(
         "--create",
         metavar="SIZE",
         type=judged(parse_size),
@@ -133,6 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         cache=arguments.cache,
         description=arguments.description,
         state_dir=arguments.state_dir,
+        snapshot=arguments.snapshot,
     )
     from nbdserve import app
     from nbdserve.cli.announce import announce

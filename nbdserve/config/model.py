@@ -120,6 +120,8 @@ class ServeConfig:
             it is durable.
         description: What clients see when they list the exports.
         state_dir: Where redo records go; None leaves it to the environment.
+        snapshot: Name or id of the internal snapshot to serve, read-only, instead of
+            the active disk of the only image.
     """
 
     images: tuple[ImageConfig, ...]
@@ -132,6 +134,7 @@ class ServeConfig:
     cache: CacheMode = "writeback"
     description: str = ""
     state_dir: str | None = None
+    snapshot: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.
@@ -141,6 +144,8 @@ class ServeConfig:
         """
         self._judge_names()
         self._judge_create()
+        if self.snapshot is not None and len(self.images) > 1:
+            raise ConfigError("--snapshot is for one image, but several are given")
         _judge_string("description", self.description)
         for path in self.unix:
             if len(path.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_LENGTH:
@@ -168,3 +173,5 @@ class ServeConfig:
             raise ConfigError("--create makes one image, but several are given")
         if self.read_only:
             raise ConfigError("--create and --read-only exclude each other")
+        if self.snapshot is not None:
+            raise ConfigError("--create and --snapshot exclude each other")

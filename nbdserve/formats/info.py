@@ -83,10 +83,26 @@ class ImageInfo:
         if self.backing_format is not None:
             shown["backing-filename-format"] = self.backing_format
         if self.snapshots:
-            shown["snapshots"] = [_snapshot_json(each) for each in self.snapshots]
+            shown["snapshots"] = self.snapshots_json()
         if self.specific is not None:
             shown["format-specific"] = {"type": self.format, "data": self.specific}
         return shown
+
+    def snapshots_json(self) -> list[dict[str, Any]]:
+        """Return what `qemu-img info --output=json` prints of snapshots."""
+        return [_snapshot_json(each) for each in self.snapshots]
+
+    def snapshots_text(self) -> str:
+        """Return what `qemu-img snapshot -l` prints: nothing, if there are none."""
+        lines = self._snapshot_lines()
+        lines += [f"warning: {warning}" for warning in self.warnings]
+        return "".join(f"{line}\n" for line in lines)
+
+    def _snapshot_lines(self) -> list[str]:
+        if not self.snapshots:
+            return []
+        listed = [_snapshot_text(each) for each in self.snapshots]
+        return ["Snapshot list:", _SNAPSHOT_HEADING, *listed]
 
     def as_text(self) -> str:
         """Return what `qemu-img info` prints, ending in a newline."""
@@ -108,9 +124,7 @@ class ImageInfo:
             lines.append(f"backing file: {self.backing_filename}{actual}")
         if self.backing_format is not None:
             lines.append(f"backing file format: {self.backing_format}")
-        if self.snapshots:
-            lines += ["Snapshot list:", _SNAPSHOT_HEADING]
-            lines += [_snapshot_text(each) for each in self.snapshots]
+        lines += self._snapshot_lines()
         if self.specific is not None:
             lines.append("Format specific information:")
             lines += _specific_text(self.specific, 1)

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
-from nbdserve.errors import RequestError
+from nbdserve.errors import ConfigError, RequestError
 from nbdserve.storage.base import Storage
 
 #: Reads from this size on ask whether they begin with a hole. A system call of 0.3 us
@@ -168,6 +168,23 @@ class RawImage(BlockDevice):
             )
             position += piece
         return result
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """See `BlockDevice.resize`; the size is exact to the byte."""
+        self._require_writable()
+        if self._storage.fixed_size:
+            raise RequestError(
+                errno.ENOTSUP,
+                f"{self._storage.name}: a block device has the size of its device",
+            )
+        if size < self.size and not shrink:
+            raise ConfigError(
+                f"{self._storage.name}: has {self.size} bytes, so {size} would lose what"
+                " lies behind: say --shrink if you mean it"
+            )
+        await self._storage.truncate(size)
+        self.size = size
+        await self.flush()
 
     async def close(self) -> None:
         """Flush if that can still succeed, and close the storage."""

@@ -67,6 +67,10 @@ class Discarder:
             await self._unmap(first, last, trim=True)
         await self._settle(fua=fua)
 
+    async def zero_piece(self, offset: int, end: int) -> None:
+        """Zero a piece of one cluster, behind the end of the disk too."""
+        await self._zero_data(offset, end)
+
     async def _settle(self, *, fua: bool) -> None:
         self._commit.dirty = True
         if fua or self._commit.writethrough:
@@ -122,9 +126,11 @@ class Discarder:
 
     def _stays(self, kind: int, offset: int, *, trim: bool) -> bool:
         """Return whether a run is as good as unmapped."""
+        past_backing = offset >= self._backing_size
         if kind == UNALLOCATED:
-            return trim or offset >= self._backing_size
-        return kind == ZERO
+            return trim or past_backing
+        # a zero cluster behind which there is nothing can go as well
+        return kind == ZERO and not (trim and past_backing)
 
     async def _unmap_run(self, offset: int, end: int, *, trim: bool) -> int:
         """Take some clusters of one table out of the mapping; return their bytes."""

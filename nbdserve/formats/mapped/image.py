@@ -117,6 +117,14 @@ class MappedImage(BlockDevice):
         await self.flush()
         return sum(missing)
 
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Refuse: qcow version 1 can't be resized by qemu either."""
+        raise RequestError(
+            ENOTSUP,
+            f"{self._parts.storage.name}: qcow version 1 images can't be resized;"
+            " convert it to qcow2",
+        )
+
     @asynccontextmanager
     async def exclusive(self) -> AsyncIterator[Space]:
         """Have the mapping alone: nothing of it changes, and the file is what memory says.

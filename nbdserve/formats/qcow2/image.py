@@ -1,5 +1,6 @@
 """An open qcow2 image, with what this format has beyond reading and writing."""
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -9,7 +10,8 @@ from nbdserve.formats.mapped.inflate import Decompress
 from nbdserve.formats.mapped.opening import load_l1
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.tables import Tables
-from nbdserve.formats.qcow2.header import Header
+from nbdserve.formats.qcow2.header import SIZE_OFFSET, Header, encode_u64
+from nbdserve.formats.qcow2.resize import judge_size
 from nbdserve.formats.qcow2.snapshot_table import Snapshot
 from nbdserve.formats.qcow2.snapshots import (
     Snapshots,
@@ -35,6 +37,7 @@ class Qcow2Image(MappedImage):
         """See `MappedImage`; `table_cache` is the bytes that its tables may take."""
         super().__init__(parts, decompress, space)
         self._opened_header = header
+        self._resizing = asyncio.Lock()
         self._structure = Structure(parts, space, header) if space is not None else None
         self._table_cache = table_cache
         self._decompress = decompress
@@ -103,6 +106,50 @@ class Qcow2Image(MappedImage):
         return Qcow2Image(
             below, self._decompress, None, header, table_cache=self._table_cache
         )
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """See `BlockDevice.resize`, and `resize.py` for the order of writes."""
+        async with self._resizing:
+            self._require_space()
+            name, old = self._parts.storage.name, self.size
+            size = judge_size(name, self.header, size, shrink=shrink)
+            if size < old:
+                await self._shrink(size)
+            elif size > old:
+                await self._grow(old, size)
+
+    async def _shrink(self, size: int) -> None:
+        async with self.structure() as structure:
+            await structure.write_header(SIZE_OFFSET, encode_u64(size))
+            structure.set_size(size)
+            self.size = size
+            await structure.drop_beyond(size, self._allocator.table_for_change)
+        await self._discarder.zero_piece(size, self._parts.geometry.align_up(size))
+        await self.flush()
+
+    async def _grow(self, old: int, size: int) -> None:
+        geometry, backing_size = self._parts.geometry, self._parts.backing_size
+        table_for_change = self._allocator.table_for_change
+        async with self.structure() as structure:
+            needed = -(-size >> geometry.table_bits)
+            await structure.drop_beyond(old, table_for_change)
+            if needed > geometry.l1_entries:
+                await structure.grow_l1(needed)
+        start = geometry.align_up(old)
+        await self._discarder.zero_piece(old, start)
+        shown = min(size, backing_size)
+        zero_word = self._parts.codec.zero_word
+        if zero_word is None:
+            # version 2 can only hide the backing file behind zeros that are data
+            for offset in range(start, shown, geometry.cluster_size):
+                await self._writer.write(offset, bytes(geometry.cluster_size))
+        async with self.structure() as structure:
+            if zero_word is not None:
+                await structure.zero_entries(start, shown, zero_word, table_for_change)
+                await structure.commit.barrier()
+            await structure.write_header(SIZE_OFFSET, encode_u64(size))
+            structure.set_size(size)
+            self.size = size
 
     @asynccontextmanager
     async def structure(self) -> AsyncIterator[Structure]:

@@ -8,6 +8,7 @@ leaves the old image or the new one, and leaks at most:
 """
 
 from array import array
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from nbdserve.errors import ImageError
@@ -22,6 +23,9 @@ from nbdserve.formats.qcow2.header import (
 )
 from nbdserve.formats.qcow2.refcounts import RefcountedPool
 from nbdserve.formats.qcow2.tree import Tree, data_runs, difference, without_copied
+
+#: From an L1 index to a table that no snapshot uses (`Allocator.table_for_change`).
+TableForChange = Callable[[int], Awaitable[Table]]
 
 
 class Structure:
@@ -131,6 +135,65 @@ class Structure:
         finally:
             table.users -= 1
         table.words[:] = words
+        table.kinds[first : last + 1] = bytes(last + 1 - first)
+
+    # -- what lies beyond the end of the disk
+
+    async def drop_beyond(self, end: int, table_for_change: TableForChange) -> None:
+        """Take all clusters from `end` on out of the mapping, and give them back.
+
+        Args:
+            end: Bytes; the cluster in which it lies is kept.
+            table_for_change: Returns an L2 table that no snapshot uses.
+
+        Raises:
+            ImageCorruptError: What lies there can't be followed.
+            OSError: Something could not be written.
+        """
+        geometry, l1 = self.parts.geometry, self.parts.tables.l1
+        end = geometry.align_up(end)
+        first = -(-end >> geometry.table_bits)
+        words = l1.words[:first] + array("Q", bytes(8 * max(len(l1.words) - first, 0)))
+        counts = await self.tree.count(l1.words[first:])
+        number = end >> geometry.table_bits
+        if number < first and l1.words[number]:
+            table = await table_for_change(number)
+            index = (end >> geometry.cluster_bits) & geometry.l2_entries - 1
+            self.tree.count_entries(counts, table.words[index:])
+            left = geometry.l2_entries - index
+            kept = table.words[:index] + array("Q", bytes(8 * left))
+            await self.rewrite(table, kept)
+            # copying the table has changed its entry
+            words[number] = l1.words[number]
+        await self.rewrite(l1, words)
+        await self.commit.barrier()
+        for gone in [each for each in self.parts.tables.cached if each >= first]:
+            del self.parts.tables.cached[gone]
+        await self.parts.pins.drained()
+        await self.pool.unshare(counts)
+
+    async def zero_entries(
+        self, start: int, end: int, word: int, table_for_change: TableForChange
+    ) -> None:
+        """Let empty whole clusters read as zeros where the backing file would show.
+
+        Args:
+            start: Bytes, a multiple of the cluster size; nothing is mapped from there on.
+            end: Bytes.
+            word: The entry of a cluster of zeros.
+            table_for_change: Returns an L2 table that no snapshot uses.
+        """
+        geometry = self.parts.geometry
+        cluster, last = start >> geometry.cluster_bits, geometry.align_up(end)
+        last >>= geometry.cluster_bits
+        while cluster < last:
+            table = await table_for_change(cluster >> geometry.l2_bits)
+            index = cluster & geometry.l2_entries - 1
+            count = min(last - cluster, geometry.l2_entries - index)
+            words = table.words[:]
+            words[index : index + count] = array("Q", [word]) * count
+            await self.rewrite(table, words)
+            cluster += count
 
     # -- the L1 table
 

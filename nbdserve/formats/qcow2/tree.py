@@ -90,7 +90,7 @@ class Tree:
             words = await read_words(
                 self._parts.storage, host_offset, geometry.l2_entries
             )
-            self._count_table(counts, words)
+            self.count_entries(counts, words)
             await asyncio.sleep(0)
         return counts
 
@@ -109,7 +109,8 @@ class Tree:
             )
         return host_offset
 
-    def _count_table(self, counts: ClusterCounts, words: "array[int]") -> None:
+    def count_entries(self, counts: ClusterCounts, words: "array[int]") -> None:
+        """Add what L2 entries name; raises as `count`."""
         geometry, codec = self._parts.geometry, self._parts.codec
         size, bits = geometry.cluster_size, geometry.cluster_bits
         for index, first, length in runs(words, size):

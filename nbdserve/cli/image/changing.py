@@ -1,0 +1,53 @@
+"""Opening an image to change it from the command line."""
+
+import os
+import sys
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING
+
+from nbdserve.errors import ConfigError
+from nbdserve.storage.names import shown
+
+if TYPE_CHECKING:
+    from nbdserve.block.device import BlockDevice
+    from nbdserve.formats.qcow2.image import Qcow2Image
+
+
+@asynccontextmanager
+async def opened_to_change(
+    path: str, *, image_format: str | None = None, allow_backing: Sequence[str] = ()
+) -> AsyncIterator["BlockDevice"]:
+    """Open an image that nobody else uses, and close it in the end.
+
+    What a killed server had acknowledged is linked first, so it is not lost.
+
+    Raises:
+        ConfigError: It can't be opened.
+        ImageError: It is broken or in use.
+    """
+    from nbdserve.app import default_state_dir
+    from nbdserve.formats.open import open_image
+
+    async with open_image(
+        path,
+        format=image_format or "auto",
+        allow_backing=allow_backing,
+        state_dir=default_state_dir(os.environ),
+    ) as device:
+        for note in device.notes:
+            print(f"nbdserve: {note}", file=sys.stderr)
+        yield device
+
+
+def as_qcow2(device: "BlockDevice", path: str, what: str) -> "Qcow2Image":
+    """Return the device as the qcow2 image that it has to be.
+
+    Raises:
+        ConfigError: It is of another format, which can't do `what`.
+    """
+    from nbdserve.formats.qcow2.image import Qcow2Image
+
+    if not isinstance(device, Qcow2Image):
+        raise ConfigError(f"{shown(path)}: only qcow2 images {what}")
+    return device

@@ -1,0 +1,87 @@
+"""`nbdserve image resize`: another size for a disk that is not in use."""
+
+import argparse
+import re
+
+from nbdserve.cli.parser import judged, one_of
+from nbdserve.config.units import parse_size
+
+TAKES = "PATH SIZE"
+
+DESCRIPTION = """\
+Give a disk another size. What is added reads as zeros. The image must not be
+served or used meanwhile. After a crash at any moment the disk has the old size
+or the new one. qcow version 1 images can't be resized: convert them."""
+
+EXAMPLES = """\
+examples:
+  nbdserve image resize disk.qcow2 20G
+  nbdserve image resize disk.qcow2 +5G
+  nbdserve image resize disk.qcow2 -512M --shrink
+  nbdserve image resize disk.raw 20G --format raw"""
+
+
+def define(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
+    # or -512M would be taken for an option
+    parser._negative_number_matcher = re.compile(r"-[\d.]+[KMGTkmgt]?")  # noqa: SLF001
+    parser.add_argument("path", metavar="PATH", help="the image")
+    parser.add_argument(
+        "size",
+        metavar="SIZE",
+        type=judged(_size),
+        help="bytes, or with K, M, G, T; +SIZE and -SIZE count from what it is now",
+    )
+    parser.add_argument(
+        "--shrink",
+        action="store_true",
+        help="allow a smaller size: what lies behind it is lost",
+    )
+    parser.add_argument(
+        "--format",
+        metavar="auto|raw|qcow2",
+        type=one_of("auto", "raw", "qcow", "qcow2"),
+        default="auto",
+        help="auto tells qcow2 by its magic; for a raw image say raw (default: auto)",
+    )
+    parser.add_argument(
+        "--allow-backing",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="also open backing files below DIR, not only from the image's own folder",
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Resize; say nothing when it worked."""
+    import asyncio
+
+    from nbdserve.cli.image import named_errors
+
+    with named_errors(arguments.path):
+        asyncio.run(_resize(arguments))
+    return 0
+
+
+def _size(text: str) -> tuple[str, int]:
+    """Return the sign, if there is one, and the size."""
+    sign = text[:1] if text[:1] in {"+", "-"} else ""
+    return sign, parse_size(text.removeprefix(sign))
+
+
+async def _resize(arguments: argparse.Namespace) -> None:
+    from nbdserve.cli.image.changing import opened_to_change
+
+    image_format = None if arguments.format == "auto" else arguments.format
+    sign, size = arguments.size
+    async with opened_to_change(
+        arguments.path,
+        image_format=image_format,
+        allow_backing=arguments.allow_backing,
+    ) as device:
+        if sign == "+":
+            size = device.size + size
+        elif sign == "-":
+            size = device.size - size
+        await device.resize(size, shrink=arguments.shrink)

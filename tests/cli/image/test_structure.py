@@ -1,0 +1,153 @@
+"""`nbdserve image snapshot`, `resize`, `amend`: what they do, say and refuse."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from nbdserve.cli.main import main
+from tests.cli.servers import serving
+from tests.helpers.engine import convert, make
+from tests.helpers.tools import run
+
+MIB = 1 << 20
+
+
+def image(*words: str | Path) -> int:
+    """Run `nbdserve image` and return its exit code."""
+    return main(["image", *map(str, words)])
+
+
+def content(path: Path, *, snapshot: str | None = None) -> bytes:
+    """Return what qemu-img reads."""
+    out = path.with_suffix(".out")
+    which = ["-l", snapshot] if snapshot else []
+    run("qemu-img", "convert", *which, "-O", "raw", path, out)
+    return out.read_bytes()
+
+
+def test_snapshot_list_is_qemus(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = convert(tmp_path, b"one" * 1000)
+    assert image("snapshot", "list", path) == 0
+    assert capsys.readouterr().out == ""
+    assert image("snapshot", "create", path, "first one") == 0
+    run("qemu-img", "snapshot", "-c", "theirs", path)
+    assert image("snapshot", "list", path) == 0
+    assert capsys.readouterr().out == run("qemu-img", "snapshot", "-l", path)
+    assert image("snapshot", "list", path, "--json") == 0
+    theirs = json.loads(run("qemu-img", "info", "--output=json", path))["snapshots"]
+    assert json.loads(capsys.readouterr().out) == theirs
+
+
+def test_snapshots_come_and_go(tmp_path: Path) -> None:
+    old = b"old" * 10000 + bytes(720)
+    path = convert(tmp_path, old)
+    assert image("snapshot", "create", path, "before") == 0
+    run("qemu-io", "-c", "write -P 1 0 30720", path)
+    assert content(path, snapshot="before") == old
+    assert image("snapshot", "apply", path, "before") == 0
+    assert content(path) == old
+    assert image("snapshot", "delete", path, "before") == 0
+    run("qemu-img", "check", path)
+    assert run("qemu-img", "snapshot", "-l", path) == ""
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["create", "IMAGE"], "snapshot create needs a NAME"),
+        (["list", "IMAGE", "x"], "snapshot list takes no NAME"),
+        (["apply", "IMAGE", "x"], "there is no snapshot 'x'"),
+        (["create", "IMAGE", "x", "--json"], "--json is for snapshot list"),
+        (["creat", "IMAGE", "x"], "did you mean create?"),
+        (["create", "RAW", "x"], "has no qcow or qcow2 header"),
+        (["list", "RAW"], "only qcow2 images have internal snapshots"),
+        (["create", "OLD", "x"], "only qcow2 images have internal snapshots"),
+    ],
+)
+def test_snapshot_refuses(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    raw = tmp_path / "raw"
+    raw.write_bytes(bytes(4096))
+    paths = {"IMAGE": make(tmp_path, MIB), "RAW": raw}
+    paths["OLD"] = make(tmp_path, MIB, fmt="qcow")
+    assert image("snapshot", *(str(paths.get(word, word)) for word in words)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_serve_a_snapshot(tmp_path: Path) -> None:
+    old = b"old" * 10000 + bytes(720)
+    path = convert(tmp_path, old)
+    assert image("snapshot", "create", path, "before") == 0
+    run("qemu-io", "-c", "write -P 1 0 30720", path)
+    socket = tmp_path / "socket"
+    out = tmp_path / "out"
+    with serving(
+        str(path), "--snapshot", "before", "--unix", str(socket), cwd=tmp_path
+    ):
+        uri = f"nbd+unix:///?socket={socket}"
+        run("qemu-img", "convert", "-f", "raw", "-O", "raw", uri, out)
+        assert "is_read_only: true" in run("nbdinfo", uri)
+    assert out.read_bytes() == old
+
+
+@pytest.mark.parametrize(
+    ("words", "size"),
+    [
+        (["3M"], 3 * MIB),
+        (["+512K"], 3 * MIB // 2),
+        (["-512K", "--shrink"], MIB // 2),
+        (["1000", "--shrink"], 1024),
+    ],
+)
+def test_resize(words: list[str], size: int, tmp_path: Path) -> None:
+    path = make(tmp_path, MIB)
+    assert image("resize", path, *words) == 0
+    info = json.loads(run("qemu-img", "info", "--output=json", path))
+    assert info["virtual-size"] == size
+    run("qemu-img", "check", path)
+
+
+def test_resize_raw(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk"
+    path.write_bytes(b"x" * 4096)
+    assert image("resize", path, "1M") == 1
+    assert "no qcow or qcow2 header" in capsys.readouterr().err
+    assert image("resize", path, "1M", "--format", "raw") == 0
+    assert path.stat().st_size == MIB
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["512K"], "--shrink"),
+        (["-2M", "--shrink"], "must be 0 to"),
+        (["many"], "is not a size"),
+        (["+"], "is not a size"),
+    ],
+)
+def test_resize_refuses(
+    words: list[str],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = make(tmp_path, MIB)
+    assert image("resize", path, *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_an_image_in_use_is_left_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make(tmp_path, MIB)
+    with serving(str(path), "--unix", "socket", cwd=tmp_path):
+        assert image("resize", path, "2M") == 1
+        assert image("snapshot", "create", path, "x") == 1
+    assert capsys.readouterr().err.count("in use") == 2
