@@ -32,6 +32,9 @@ COMMANDS = {
     "image measure": ("nbdserve.cli.image.measure", "compute the size of a copy"),
     "image compare": ("nbdserve.cli.image.compare", "compare what two disks hold"),
     "image convert": ("nbdserve.cli.image.convert", "copy a disk to another format"),
+    "image commit": ("nbdserve.cli.image.commit", "write an overlay into its base"),
+    "image rebase": ("nbdserve.cli.image.rebase", "give an image another backing file"),
+    "image rename": ("nbdserve.cli.image.rename", "rename an image and its references"),
 }
 
 DESCRIPTION = "An NBD server for raw, qcow and qcow2 disk images."

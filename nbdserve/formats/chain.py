@@ -143,6 +143,20 @@ async def backing_chain(
         await _close_all(links)
 
 
+async def find_backing(
+    storage: FileStorage,
+    reference: BackingReference,
+    allow_backing: Sequence[str | os.PathLike[str]],
+) -> str:
+    """Return the real path of the backing file that an image names.
+
+    Raises:
+        BackingFileError: It names no file, or one that is not allowed.
+    """
+    roots = _roots(storage.path, allow_backing)
+    return await run(_resolve, storage, reference.name, roots)
+
+
 async def _open_files(
     links: list[_Link],
     path: str | os.PathLike[str],

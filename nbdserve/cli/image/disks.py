@@ -4,12 +4,14 @@ import os
 import re
 import stat
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from nbdserve.block.device import BlockDevice
+    from nbdserve.formats.mapped.opening import EngineOptions
     from nbdserve.remote.disk import RemoteDisk
 
 _URI = re.compile(r"nbds?(\+unix)?:")
@@ -58,6 +60,19 @@ async def connect_to(text: str, *, read_only: bool) -> "RemoteDisk":
     from nbdserve.wire.uri import parse_uri
 
     return await connect(parse_uri(text), read_only=read_only)
+
+
+def engine_options() -> "EngineOptions":
+    """Return the options for images that a command changes.
+
+    With the redo logs of this machine: what a killed server had acknowledged must not
+    be lost because somebody else changes the image before the next server does.
+    """
+    from nbdserve.app import default_state_dir
+    from nbdserve.formats.mapped.opening import EngineOptions
+
+    state_dir = default_state_dir(os.environ)
+    return EngineOptions(state_dir=None if state_dir is None else Path(state_dir))
 
 
 def is_block_device(path: str) -> bool:
