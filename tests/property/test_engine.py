@@ -28,7 +28,7 @@ from tests.property.disks import DISKS, SNAPSHOT, Prepared
 from tests.property.oracle import Operation, Oracle
 
 FULL = bool(os.environ.get("NBDSERVE_FULL"))
-EXAMPLES = 60 if FULL else 4
+EXAMPLES = 60 if FULL else 7
 #: An example that hangs has a deadlock; the slowest takes a few seconds.
 HANG_S = 50.0
 

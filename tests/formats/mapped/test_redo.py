@@ -1,0 +1,211 @@
+"""The redo log: what a killed server acknowledged is linked at the next opening."""
+
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+
+from nbdserve.block.device import BlockDevice
+from nbdserve.formats.chain import ChainOptions, open_chain
+from nbdserve.formats.mapped import redo as module
+from nbdserve.formats.mapped.image import MappedImage
+from nbdserve.formats.mapped.opening import EngineOptions
+from nbdserve.formats.mapped.redo import Link, RedoLog, read_leftover
+from nbdserve.formats.open import drivers
+from tests.helpers.engine import HEADER_INCOMPATIBLE, u64
+from tests.helpers.tools import run
+
+CLUSTER = 65536
+SIZE = 32 * CLUSTER
+
+
+def log_with(path: Path, *links: tuple[int, int, int]) -> RedoLog:
+    log = RedoLog(path)
+    for link in links:
+        assert log.link(*link)
+    return log
+
+
+def test_records_that_are_live_are_left_over(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log = log_with(path, (1, 0, 10), (2, 0, 20), (1, 0, 11))
+    assert read_leftover(path, 0).links == [Link(1, 0, 11), Link(2, 0, 20)]
+    log.committed(2)
+    assert read_leftover(path, 0).links == [Link(1, 0, 11)]
+    log.committed(3)
+    assert read_leftover(path, 0).links == []
+    log.close(remove=False)
+    assert path.exists()
+
+
+def test_no_log_is_no_error(tmp_path: Path) -> None:
+    assert read_leftover(tmp_path / "none", 0).links == []
+
+
+@pytest.mark.parametrize("cut", [1, 20, 39])
+def test_a_torn_last_record_is_ignored(tmp_path: Path, cut: int) -> None:
+    path = tmp_path / "log"
+    log_with(path, (1, 0, 10), (2, 0, 20)).close(remove=False)
+    os.truncate(path, path.stat().st_size - cut)
+    assert read_leftover(path, 0).links == [Link(1, 0, 10)]
+
+
+def test_nothing_is_believed_from_a_broken_record_on(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log_with(path, (1, 0, 10), (2, 0, 20), (3, 0, 30)).close(remove=False)
+    data = bytearray(path.read_bytes())
+    data[-50] ^= 1
+    path.write_bytes(data)
+    assert read_leftover(path, 0).links == [Link(1, 0, 10)]
+
+
+def test_the_log_of_another_boot_is_ignored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "log"
+    log_with(path, (1, 0, 10)).close(remove=False)
+    monkeypatch.setattr(module, "_boot_id", lambda: b"another")
+    leftover = read_leftover(path, 0)
+    assert leftover.links == []
+    assert leftover.refused is None
+
+
+@pytest.mark.parametrize("content", [b"", b"nbd", b"x" * 500])
+def test_what_is_no_log_is_ignored(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "log"
+    path.write_bytes(content)
+    assert read_leftover(path, 0).links == []
+
+
+def test_an_image_written_later_by_others_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    log_with(path, (1, 0, 10)).close(remove=False)
+    later = path.stat().st_mtime_ns + 3600 * 10**9
+    leftover = read_leftover(path, later)
+    assert leftover.refused is not None
+    assert "another program" in leftover.refused
+
+
+# -- with images
+
+
+class Killed:
+    """An overlay as a server left it that was killed before its commit."""
+
+    def __init__(self, folder: Path, fmt: str) -> None:
+        self.folder = folder
+        self.fmt = fmt
+        self.state = folder / "state"
+        self.state.mkdir()
+        self.path = folder / f"disk.{fmt}"
+        self.content = bytearray(random.Random(1).randbytes(SIZE))
+        base = folder / "base.raw"
+        base.write_bytes(self.content)
+        argv = ["qemu-img", "create", "-q", "-f", fmt, "-b", str(base), "-F", "raw"]
+        run(*argv, self.path, str(SIZE))
+
+    async def open(self) -> BlockDevice:
+        options = EngineOptions(state_dir=self.state, commit_interval_s=1e6)
+        return await open_chain(self.path, ChainOptions(), drivers(options))
+
+    async def write_and_die(self, *offsets: int) -> None:
+        """Acknowledge writes; then restore what the files were at that moment."""
+        image = await self.open()
+        await image.write(5 * CLUSTER, b"committed")
+        self.content[5 * CLUSTER : 5 * CLUSTER + 9] = b"committed"
+        await image.flush()
+        for offset in offsets:
+            await image.write(offset, b"acknowledged")
+            self.content[offset : offset + 12] = b"acknowledged"
+        saved = self.folder / "saved"
+        shutil.copyfile(self.path, saved)
+        (log,) = self.state.iterdir()
+        kept = log.read_bytes()
+        await image.close()
+        assert not any(self.state.iterdir()), "a clean close leaves no log"
+        with saved.open("rb") as source, self.path.open("r+b") as target:
+            target.truncate(0)
+            shutil.copyfileobj(source, target)
+        log.write_bytes(kept)
+
+
+@pytest.fixture(params=["qcow", "qcow2"])
+def killed(request: pytest.FixtureRequest, tmp_path: Path) -> Killed:
+    return Killed(tmp_path, request.param)
+
+
+async def test_acknowledged_copies_are_linked_again(killed: Killed) -> None:
+    await killed.write_and_die(0, 7 * CLUSTER + 100, 7 * CLUSTER + 5000)
+    image = await killed.open()
+    assert isinstance(image, MappedImage)
+    assert any("linked" in note for note in image.notes)
+    assert await image.read(0, SIZE) == killed.content
+    await image.close()
+    image = await killed.open()
+    assert isinstance(image, MappedImage)
+    assert not image.notes
+    assert await image.read(0, SIZE) == killed.content
+    await image.close()
+    if killed.fmt == "qcow2":
+        run("qemu-img", "check", killed.path, expect=[0, 3])
+
+
+async def test_a_replay_that_is_killed_is_repeated(killed: Killed) -> None:
+    await killed.write_and_die(0, 9 * CLUSTER)
+    (log,) = killed.state.iterdir()
+    kept = log.read_bytes()
+    await (await killed.open()).close()
+    log.write_bytes(kept)
+    image = await killed.open()
+    assert await image.read(0, SIZE) == killed.content
+    await image.close()
+
+
+async def test_links_that_somebody_has_made_differently_stay(tmp_path: Path) -> None:
+    killed = Killed(tmp_path, "qcow2")
+    await killed.write_and_die(0, 9 * CLUSTER)
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 7 0 64k", killed.path)
+    killed.content[:CLUSTER] = b"\7" * CLUSTER
+    image = await killed.open()
+    assert await image.read(0, SIZE) == killed.content
+    await image.close()
+
+
+async def test_a_repair_of_leaks_between_is_no_corruption(tmp_path: Path) -> None:
+    """The clusters of the log look leaked: a check may have freed them."""
+    killed = Killed(tmp_path, "qcow2")
+    before = bytes(killed.content)
+    await killed.write_and_die(0, 9 * CLUSTER)
+    run("qemu-img", "check", "-r", "leaks", killed.path)
+    image = await killed.open()
+    assert await image.read(0, 100) == before[:100]
+    await image.write(0, b"goes on")
+    await image.close()
+    assert not u64(killed.path.read_bytes(), HEADER_INCOMPATIBLE)
+    run("qemu-img", "check", killed.path)
+
+
+async def test_an_image_written_by_others_since_says_so(killed: Killed) -> None:
+    await killed.write_and_die(0)
+    (log,) = killed.state.iterdir()
+    past = log.stat().st_mtime - 3600
+    os.utime(log, (past, past))
+    image = await killed.open()
+    assert isinstance(image, MappedImage)
+    assert any("lost" in note for note in image.notes)
+    await image.close()
+
+
+async def test_a_state_folder_that_is_gone_makes_copies_wait(tmp_path: Path) -> None:
+    killed = Killed(tmp_path, "qcow2")
+    killed.state.rmdir()
+    image = await killed.open()
+    assert isinstance(image, MappedImage)
+    assert any("no redo log" in note for note in image.notes)
+    await image.write(0, b"x")
+    with killed.path.open("rb") as file:
+        content = file.read()
+    assert b"x" + bytes(killed.content[1:50]) in content
+    await image.close()
