@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from nbdserve.errors import ConfigError
@@ -51,3 +52,29 @@ def as_qcow2(device: "BlockDevice", path: str, what: str) -> "Qcow2Image":
     if not isinstance(device, Qcow2Image):
         raise ConfigError(f"{shown(path)}: only qcow2 images {what}")
     return device
+
+
+def link_leftovers(path: str) -> None:
+    """Link what a killed server had acknowledged and not linked, if it left a redo log.
+
+    Raises:
+        ImageError: It did, and the image can't be opened to do so.
+        ConfigError: The same.
+    """
+    from nbdserve.app import default_state_dir
+    from nbdserve.formats.mapped.redo import redo_path
+
+    folder = default_state_dir(os.environ)
+    if folder is None:
+        return
+    status = os.stat(path)
+    if not redo_path(Path(folder), status.st_dev, status.st_ino).exists():
+        return
+
+    import asyncio
+
+    async def open_and_close() -> None:
+        async with opened_to_change(path):
+            pass
+
+    asyncio.run(open_and_close())

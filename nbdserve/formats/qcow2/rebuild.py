@@ -12,7 +12,6 @@ Blocking calls; the walk takes long on large images, so keep it away from an
 event loop.
 """
 
-import errno
 import os
 import sys
 from dataclasses import dataclass
@@ -21,11 +20,17 @@ from typing import TYPE_CHECKING
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.check_result import CheckResult
 from nbdserve.formats.qcow2.check import compare_refcounts, read_header
-from nbdserve.formats.qcow2.cluster_counts import encode_block
+from nbdserve.formats.qcow2.cluster_counts import ClusterCounts, encode_block
 from nbdserve.formats.qcow2.header import (
     INCOMPATIBLE_DIRTY,
     INCOMPATIBLE_OFFSET,
+    Header,
     encode_u64,
+)
+from nbdserve.formats.qcow2.new_refcounts import (
+    require_width,
+    write_all,
+    write_new_refcounts,
 )
 from nbdserve.formats.qcow2.walk import (
     COMPRESSED,
@@ -80,20 +85,19 @@ def rebuild_refcounts(fd: int, name: str) -> RebuildResult:
             f" pointers are wrong, first: {result.messages[0]}"
         )
     compare_refcounts(walk)
-    new_blocks = _plan_new_blocks(walk)
-    _require_width(walk)
-    _write_blocks(walk, new_blocks)
+    require_width(walk.used, header, name)
+    new_blocks = plan_new_blocks(walk)
+    if new_blocks is None:
+        return _start_anew(walk)
+    write_blocks(walk, new_blocks)
     os.fsync(fd)
     if new_blocks:
-        _write_table_words(walk, new_blocks)
+        write_table_words(walk, new_blocks)
         os.fsync(fd)
-    flags_fixed = _fix_copied(walk)
+    flags_fixed = fix_copied(walk)
     if flags_fixed:
         os.fsync(fd)
-    if header.dirty:
-        features = header.incompatible_features & ~INCOMPATIBLE_DIRTY
-        _write_all(fd, encode_u64(features), INCOMPATIBLE_OFFSET)
-        os.fsync(fd)
+    clear_incompatible(fd, header, INCOMPATIBLE_DIRTY)
     return RebuildResult(result.corruptions, result.leaks, flags_fixed)
 
 
@@ -106,12 +110,32 @@ def _used_blocks(walk: Walk) -> set[int]:
     return blocks
 
 
-def _plan_new_blocks(walk: Walk) -> dict[int, int]:
+def _start_anew(walk: Walk) -> RebuildResult:
+    """Write a larger refcount table, with all blocks, where the old one is too small."""
+    fd, name = walk.file.fd, walk.result.filename
+    counts = Walk(walk.file, walk.header, CheckResult(filename=name, format="qcow2"))
+    counts.run_without_refcounts()
+    write_new_refcounts(fd, name, walk.header, counts.used)
+    flags_fixed = fix_copied(counts)
+    os.fsync(fd)
+    clear_incompatible(fd, walk.header, INCOMPATIBLE_DIRTY)
+    return RebuildResult(walk.result.corruptions, walk.result.leaks, flags_fixed)
+
+
+def clear_incompatible(fd: int, header: Header, bits: int) -> None:
+    """Clear bits of incompatible features, durably, if any of them is set."""
+    if header.incompatible_features & bits:
+        features = header.incompatible_features & ~bits
+        write_all(fd, encode_u64(features), INCOMPATIBLE_OFFSET)
+        os.fsync(fd)
+
+
+def plan_new_blocks(walk: Walk) -> dict[int, int] | None:
     """Choose a cluster at the end of the file for each missing refcount block.
 
     Returns:
         Index in the refcount table -> cluster number. These are counted as used,
-        which may call for further blocks.
+        which may call for further blocks. None if the table is too small for them.
     """
     table_clusters = walk.header.refcount_table_entries
     end = max(
@@ -128,27 +152,18 @@ def _plan_new_blocks(walk: Walk) -> dict[int, int]:
         if not missing:
             return planned
         if missing[-1] >= table_clusters:
-            raise ImageCorruptError(
-                f"{walk.result.filename} is dirty and its refcount table is too small"
-                " for it: repair it with qemu-img check -r all"
-            )
+            return None
         for index in missing:
             planned[index] = end
             walk.used.add(end, 1)
             end += 1
 
 
-def _require_width(walk: Walk) -> None:
-    limit = (1 << walk.header.refcount_bits) - 1
-    most = walk.used.highest_count()
-    if most > limit:
-        raise ImageCorruptError(
-            f"{walk.result.filename}: a cluster is used {most} times, refcounts of"
-            f" {walk.header.refcount_bits} bits end at {limit}"
-        )
-
-
-def _write_blocks(walk: Walk, new_blocks: dict[int, int]) -> None:
+def write_blocks(
+    walk: Walk, new_blocks: dict[int, int], wanted: ClusterCounts | None = None
+) -> None:
+    """Write those refcount blocks that differ from what was counted, or from `wanted`."""
+    counted = walk.used if wanted is None else wanted
     header = walk.header
     per_block = header.refcount_block_entries
     for index, word in enumerate(walk.refcount_table):
@@ -159,60 +174,78 @@ def _write_blocks(walk: Walk, new_blocks: dict[int, int]) -> None:
         else:
             continue
         first = index * per_block
-        counts: bytes | list[int] = walk.used.slice(first, per_block)
+        counts: bytes | list[int] = counted.slice(first, per_block)
         if 255 in counts:
-            counts = walk.used.counts(first, per_block)
+            counts = counted.counts(first, per_block)
         block = encode_block(counts, header.refcount_order)
         if index in new_blocks or walk.file.read(host_offset, len(block)) != block:
-            _write_all(walk.file.fd, block, host_offset)
+            write_all(walk.file.fd, block, host_offset)
 
 
-def _write_table_words(walk: Walk, new_blocks: dict[int, int]) -> None:
+def write_table_words(walk: Walk, new_blocks: dict[int, int]) -> None:
+    """Enter new blocks, which are durable, into the refcount table."""
     header = walk.header
     for index, cluster in new_blocks.items():
-        _write_all(
+        write_all(
             walk.file.fd,
             encode_u64(cluster << header.cluster_bits),
             header.refcount_table_offset + index * 8,
         )
 
 
-def _fix_copied(walk: Walk) -> int:
-    """Set COPIED where a cluster is used once, clear it elsewhere; return how many."""
+def fix_copied(walk: Walk, counts: ClusterCounts | None = None) -> int:
+    """Set COPIED where a refcount is 1, clear it elsewhere.
+
+    Args:
+        walk: Knows the tables.
+        counts: The refcounts, if they are others than those counted.
+
+    Returns:
+        How many entries are others now.
+    """
     header = walk.header
+    counts = walk.used if counts is None else counts
     l1 = walk.file.words(header.l1_table_offset, header.l1_size)
-    fixed = _fix_table(walk, header.l1_table_offset, l1, 1)
+    fixed = _fix_table(walk, header.l1_table_offset, l1, 1, counts)
     step = header.l2_entry_size // 8
     for table in sorted({word & OFFSET_MASK for word in l1} - {0}):
+        if not is_table(walk, table):
+            continue
         words = walk.file.words(table, header.cluster_size // 8)
         if not header.external_data:
-            fixed += _fix_table(walk, table, words, step)
+            fixed += _fix_table(walk, table, words, step, counts)
     return fixed
 
 
-def _fix_table(walk: Walk, host_offset: int, words: "array[int]", step: int) -> int:
+def is_table(walk: Walk, host_offset: int) -> bool:
+    """Return whether a pointer leads to an L2 table that is nothing else as well."""
+    header = walk.header
+    if host_offset % header.cluster_size or host_offset >= walk.file.size:
+        return False
+    use = walk.tables.get(host_offset)
+    cluster = host_offset >> header.cluster_bits
+    return use is not None and walk.used[cluster] == use.total
+
+
+def _fix_table(
+    walk: Walk,
+    host_offset: int,
+    words: "array[int]",
+    step: int,
+    counts: ClusterCounts,
+) -> int:
     bits = walk.header.cluster_bits
     fixed = 0
     for index in range(0, len(words), step):
         word = words[index]
         if not word & OFFSET_MASK or word & COMPRESSED:
             continue
-        single = walk.used[(word & OFFSET_MASK) >> bits] == 1
+        single = counts[(word & OFFSET_MASK) >> bits] == 1
         if single != bool(word & COPIED):
             words[index] = word ^ COPIED
             fixed += 1
     if fixed:
         if sys.byteorder == "little":
             words.byteswap()
-        _write_all(walk.file.fd, words.tobytes(), host_offset)
+        write_all(walk.file.fd, words.tobytes(), host_offset)
     return fixed
-
-
-def _write_all(fd: int, data: bytes, offset: int) -> None:
-    view = memoryview(data)
-    while view:
-        written = os.pwrite(fd, view, offset)
-        if written == 0:
-            raise OSError(errno.EIO, "a write made no progress")
-        view = view[written:]
-        offset += written

@@ -111,7 +111,7 @@ def runs(words: "array[int]", step: int) -> Iterator[tuple[int, int, int]]:
 
 
 @dataclass(slots=True)
-class _TableUse:
+class TableUse:
     """How many pointers lead to an L2 table, and how many from the active L1."""
 
     total: int = 0
@@ -133,6 +133,8 @@ class Walk:
         refcount_table: Entries as stored.
         unreadable_blocks: Indexes of refcount table entries that can't be used.
         rebuild_needed: Whether refcount structures themselves are broken.
+        pointer_corruptions: Corruptions found on the way to guest data.
+        tables: For each L2 table, by host offset, how many pointers lead to it.
     """
 
     file: ImageFile
@@ -145,21 +147,27 @@ class Walk:
     refcount_table: "array[int]" = field(default_factory=lambda: array("Q"))
     unreadable_blocks: set[int] = field(default_factory=set)
     rebuild_needed: bool = False
-    _tables: dict[int, _TableUse] = field(default_factory=dict)
+    pointer_corruptions: int = 0
+    tables: dict[int, TableUse] = field(default_factory=dict)
 
     def run(self) -> None:
         """Count every use of every cluster, then read the stored refcounts."""
+        self.run_without_refcounts()
+        self._refcount_structures()
+
+    def run_without_refcounts(self) -> None:
+        """Count every use of every cluster, except by refcount table and blocks."""
         self.result.total_clusters = -(
             -self.header.disk_size // self.header.cluster_size
         )
         self.use(0, self.header.cluster_size, "header")
         self._snapshot_table()
         self._l1_tables()
-        for host_offset, use in self._tables.items():
+        for host_offset, use in self.tables.items():
             self._l2_table(host_offset, use)
         self._encryption_header()
         self._bitmaps()
-        self._refcount_structures()
+        self.pointer_corruptions = self.result.corruptions
 
     def use(self, host_offset: int, length: int, what: str, times: int = 1) -> bool:
         """Count the clusters of a region as used, if the file can have them.
@@ -244,11 +252,11 @@ class Walk:
                         f" table {table:#x} is not aligned to a cluster",
                         times,
                     )
-                use = self._tables.setdefault(table, _TableUse())
+                use = self.tables.setdefault(table, TableUse())
                 use.total += times
                 use.active += times if active else 0
 
-    def _l2_table(self, host_offset: int, use: _TableUse) -> None:
+    def _l2_table(self, host_offset: int, use: TableUse) -> None:
         step = self.header.cluster_size
         words, bitmaps = self.l2_words(host_offset)
         allocated = fragmented = compressed = 0

@@ -7,7 +7,13 @@ import pytest
 
 from nbdserve.cli.main import main
 from tests.cli.servers import serving
-from tests.helpers.engine import convert, make
+from tests.helpers.engine import (
+    HEADER_REFCOUNT_TABLE,
+    convert,
+    l2_entry_of,
+    make,
+    u64,
+)
 from tests.helpers.tools import run
 
 MIB = 1 << 20
@@ -151,3 +157,67 @@ def test_an_image_in_use_is_left_alone(
         assert image("resize", path, "2M") == 1
         assert image("snapshot", "create", path, "x") == 1
     assert capsys.readouterr().err.count("in use") == 2
+
+
+# check --repair
+
+
+def damaged(tmp_path: Path) -> Path:
+    """Make an image with a leak and a COPIED flag missing."""
+    path = convert(tmp_path, b"x" * 100_000, options="cluster_size=4k")
+    data = bytearray(path.read_bytes())
+    block = u64(data, u64(data, HEADER_REFCOUNT_TABLE))
+    data[block + len(data) // 4096 * 2 + 1] = 1
+    data += bytes(4096)
+    entry = l2_entry_of(data, 0)
+    data[entry] &= 0x7F
+    path.write_bytes(data)
+    return path
+
+
+@pytest.mark.parametrize("mode", ["leaks", "all"])
+def test_repair_as_qemu_img(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = damaged(tmp_path)
+    other = tmp_path / "other"
+    other.write_bytes(path.read_bytes())
+    theirs = run("qemu-img", "check", "-r", mode, other)
+    assert image("check", path, "--repair", mode) == 0
+    out = capsys.readouterr().out
+    assert "    1 leaked clusters\n    1 corruptions\n" in out
+    assert out.partition("Image end")[0] == theirs.partition("Image end")[0]
+    run("qemu-img", "check", path)
+
+
+def test_repair_in_json(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = damaged(tmp_path)
+    assert image("check", path, "--repair", "all", "--json") == 0
+    shown = json.loads(capsys.readouterr().out)
+    assert (shown["leaks-fixed"], shown["corruptions-fixed"]) == (1, 1)
+    assert image("check", path, "--repair", "all") == 0
+    assert "repaired" not in capsys.readouterr().out
+
+
+def test_repair_says_what_would_be_lost(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = convert(tmp_path, b"x" * 100_000, options="cluster_size=4k")
+    data = bytearray(path.read_bytes())
+    entry = l2_entry_of(data, 8192)
+    data[entry : entry + 8] = (1 << 40).to_bytes(8, "big")
+    path.write_bytes(data)
+    assert image("check", path, "--repair", "all") == 2
+    err = capsys.readouterr().err
+    assert "bytes 8192 to 12287: its place 0x10000000000 lies past the end" in err
+    assert "--force repairs it" in err
+    assert path.read_bytes() == data
+    assert image("check", path, "--repair", "all", "--force") == 0
+    run("qemu-img", "check", path)
+
+
+def test_force_is_for_repair(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert image("check", make(tmp_path, MIB), "--force") == 1
+    assert "--force is for --repair" in capsys.readouterr().err
