@@ -58,11 +58,11 @@ def test_nbdinfo_describes_the_export(server: Server, uri: str) -> None:
 
 
 @pytest.mark.parametrize("image", SOME, indirect=True)
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("transport", ["unix"], indirect=True)
-def test_nbdinfo_can(uri: str, capability: str) -> None:
+def test_nbdinfo_can(uri: str) -> None:
     """A writable export can everything; nbdinfo's exit code 2 would say no."""
-    run("nbdinfo", "--can", capability, uri)
+    for capability in CAPABILITIES:
+        run("nbdinfo", "--can", capability, uri)
 
 
 @pytest.mark.parametrize("image", SOME, indirect=True)
@@ -83,18 +83,6 @@ def test_read_only_export(image: Image, tmp_path: Path) -> None:
         run("nbdinfo", "--can", "zero", uri, expect=[2])
         run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, image.mirror)
     assert image.path.read_bytes() == before
-
-
-def test_nbdinfo_map_covers_the_disk(image: Image, uri: str) -> None:
-    """The extents of base:allocation are gapless, and what it calls zero is zero."""
-    content = image.mirror.read_bytes()
-    end = 0
-    for extent in json.loads(run("nbdinfo", "--map", "--json", uri)):
-        assert extent["offset"] == end
-        end += extent["length"]
-        if extent["type"] & 2:
-            assert not any(content[extent["offset"] : end])
-    assert end == IMAGE_SIZE
 
 
 @pytest.mark.parametrize("image", ["qcow2-v3"], indirect=True)

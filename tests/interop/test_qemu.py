@@ -7,6 +7,7 @@ same bytes and the same holes as qemu's drivers do, and must leave an image that
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,8 @@ from tests.helpers.servers import Server
 from tests.helpers.tools import run
 
 pytestmark = pytest.mark.interop
+
+STATE_ZERO = 2  # NBD_STATE_ZERO of base:allocation, doc/proto.md
 
 # Odd offsets and lengths, cluster and L2 borders of all our cluster sizes, and
 # several requests in flight; overlaps only between commands that are in order.
@@ -57,28 +60,43 @@ def qemu_io(target: str | Path, *commands: str) -> None:
 
 
 def zero_ranges(target: str | Path, image_format: str) -> list[tuple[int, int]]:
-    """Where qemu-img map says that there are zeroes, merged: (start, end)."""
+    """Where qemu-img map says that there are zeroes: (start, end), merged."""
     listed = run("qemu-img", "map", "--output=json", "-f", image_format, target)
-    merged: list[tuple[int, int]] = []
+    return merged(
+        (extent["start"], extent["length"], extent["zero"])
+        for extent in json.loads(listed)
+    )
+
+
+def zero_ranges_of_nbdinfo(uri: str) -> list[tuple[int, int]]:
+    """The same from base:allocation, as libnbd hears it."""
+    return merged(
+        (extent["offset"], extent["length"], bool(extent["type"] & STATE_ZERO))
+        for extent in json.loads(run("nbdinfo", "--map", "--json", uri))
+    )
+
+
+def merged(extents: Iterable[tuple[int, int, bool]]) -> list[tuple[int, int]]:
+    """The zero ones of gapless (start, length, zero), neighbours as one range."""
+    ranges: list[tuple[int, int]] = []
     end = 0
-    for extent in json.loads(listed):
-        assert extent["start"] == end
-        end = extent["start"] + extent["length"]
-        if not extent["zero"]:
+    for start, length, zero in extents:
+        assert start == end
+        end = start + length
+        if not zero:
             continue
-        if merged and merged[-1][1] == extent["start"]:
-            merged[-1] = (merged[-1][0], end)
+        if ranges and ranges[-1][1] == start:
+            ranges[-1] = (ranges[-1][0], end)
         else:
-            merged.append((extent["start"], end))
+            ranges.append((start, end))
     assert end == IMAGE_SIZE
-    return merged
+    return ranges
 
 
 def test_reads_and_holes_are_those_of_the_file(
     image: Image, server: Server, uri: str, tmp_path: Path
 ) -> None:
-    """qemu-img info, map, compare and convert see what qemu sees in the file."""
-    # -U: the server holds the image's lock.
+    """qemu-img and nbdinfo see over NBD what qemu sees in the file."""
     described = json.loads(run("qemu-img", "info", "-f", "raw", "--output=json", uri))
     assert described["virtual-size"] == IMAGE_SIZE
     run("qemu-img", "compare", "-f", "raw", "-F", "raw", uri, image.mirror)
@@ -86,8 +104,11 @@ def test_reads_and_holes_are_those_of_the_file(
     run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", uri, copy)
     run("qemu-img", "compare", "-f", "qcow2", "-F", "raw", copy, image.mirror)
     over_nbd = zero_ranges(uri, "raw")
+    over_libnbd = zero_ranges_of_nbdinfo(uri)
     server.stop()
-    assert over_nbd == zero_ranges(image.path, image.format)
+    in_the_file = zero_ranges(image.path, image.format)
+    assert over_nbd == in_the_file
+    assert over_libnbd == in_the_file
     image.assert_all()
 
 
@@ -100,6 +121,7 @@ def test_qemu_io_writes(image: Image, server: Server, uri: str) -> None:
     image.assert_all()
 
 
+@pytest.mark.parametrize("transport", ["tcp"], indirect=True)
 def test_convert_onto_the_export(
     image: Image, server: Server, uri: str, tmp_path: Path
 ) -> None:
