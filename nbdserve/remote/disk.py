@@ -203,7 +203,7 @@ class _Connection:
         try:
             await self._writer.drain()
         except OSError as error:
-            self._fail(error)
+            self._fail(self._lost(str(error)))
         reply: Reply = await waiter
         if reply.error:
             text = reply.text or os.strerror(reply.error)
@@ -221,14 +221,15 @@ class _Connection:
                 if not received:
                     break
                 self._transmission.feed(received)
-        except (OSError, ProtocolError) as error:
-            self._fail(error)
-        else:
-            self._fail(
-                ConnectionResetError(
-                    errno.ECONNRESET, "the server closed the connection", str(self._uri)
-                )
-            )
+            self._fail(self._lost("the server closed it"))
+        except OSError as error:
+            self._fail(self._lost(str(error)))
+        except ProtocolError as error:
+            self._fail(ProtocolError(f"{self._uri}: {error}"))
+
+    def _lost(self, reason: str) -> OSError:
+        text = f"the connection is lost: {reason}"
+        return ConnectionResetError(errno.ECONNRESET, text, str(self._uri))
 
     def _fail(self, error: Exception) -> None:
         self._failure = self._failure or error
