@@ -25,6 +25,7 @@ COMMANDS = {
     "image check": ("nbdserve.cli.image.check", "look for damage in an image"),
     "image map": ("nbdserve.cli.image.map", "show where an image holds data"),
     "image resize": ("nbdserve.cli.image.resize", "make a disk larger or smaller"),
+    "image amend": ("nbdserve.cli.image.amend", "change an image's version or layout"),
     "image snapshot": (
         "nbdserve.cli.image.snapshot",
         "list, create, apply or delete internal snapshots",

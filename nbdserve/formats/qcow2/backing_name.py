@@ -58,6 +58,22 @@ def plan_backing_change(
         backing_file_offset=0,
         extensions=_with_format(old.extensions, backing_format if name else None),
     )
+    return plan_header_change(cluster, old, new)
+
+
+def plan_header_change(cluster: bytes, old: Header, new: Header) -> list[Write]:
+    """Return what has to be written to replace a header, in this order; a barrier after each.
+
+    Args:
+        cluster: The first cluster of the image, which begins with
+        old: its header.
+        new: What it shall be; where the backing name goes is decided here.
+
+    Raises:
+        ImageFormatError: It does not fit into the first cluster.
+    """
+    name = new.backing_name
+    new = replace(new, backing_file_offset=0)
     if _end_of_extensions(new) + len(name or b"") <= SECTOR:
         return [(0, encode_header(new).ljust(SECTOR, b"\0"))]
     writes: list[Write] = []

@@ -20,6 +20,7 @@ from nbdserve.formats.qcow2.snapshots import (
     read_snapshots,
 )
 from nbdserve.formats.qcow2.structure import Structure
+from nbdserve.formats.qcow2.zero_clusters import ZeroClusters
 
 
 class Qcow2Image(MappedImage):
@@ -106,6 +107,14 @@ class Qcow2Image(MappedImage):
         return Qcow2Image(
             below, self._decompress, None, header, table_cache=self._table_cache
         )
+
+    async def prepare_version(self, version: int) -> None:
+        """Let the image have nothing that a version does not know, and all that it wants."""
+        async with self.structure() as structure:
+            if version == 2:
+                await ZeroClusters(structure).expand()
+            else:
+                await Snapshots(structure).complete()
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """See `BlockDevice.resize`, and `resize.py` for the order of writes."""

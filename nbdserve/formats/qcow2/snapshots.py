@@ -136,6 +136,13 @@ def _new_entry(snapshots: list[Snapshot], name: str, header: Header) -> Snapshot
     )
 
 
+def with_size(snapshot: Snapshot, size: int) -> Snapshot:
+    """Return a snapshot that records a size: `size`, if it had none."""
+    if snapshot.disk_size is not None:
+        return snapshot
+    return replace(snapshot, disk_size=size)
+
+
 class Snapshots:
     """Creates, applies and deletes snapshots; each wants the image alone."""
 
@@ -245,6 +252,16 @@ class Snapshots:
         structure.give_back(old_offset, old_length)
         await structure.pool.unshare(old_counts.beyond(new_counts))
 
+    async def complete(self) -> None:
+        """Let each snapshot record its size, as version 3 wants it."""
+        header = self._structure.header
+        snapshots, old_length = await read_snapshots(self._storage, header)
+        if all(each.disk_size is not None for each in snapshots):
+            return
+        sized = [with_size(each, header.size) for each in snapshots]
+        table = await self._write_table(sized)
+        await self._switch(len(sized), table, old_length)
+
     async def _clear_copied_below(self, l1: "array[int]") -> None:
         """Clear COPIED in tables of a snapshot, where it should be clear already."""
         changed = False
@@ -265,14 +282,10 @@ class Snapshots:
         Returns:
             Its host offset, 0 for an empty one.
         """
+        size = self._structure.header.size
         if self._structure.header.version >= 3:
             # version 3 wants a size in each, and an old entry may lack it
-            snapshots = [
-                replace(each, disk_size=self._structure.header.size)
-                if each.disk_size is None
-                else each
-                for each in snapshots
-            ]
+            snapshots = [with_size(each, size) for each in snapshots]
         data = encode_snapshot_table(snapshots)
         if len(data) > MAX_TABLE_BYTES:
             raise ImageError(

@@ -221,3 +221,21 @@ def test_force_is_for_repair(
 ) -> None:
     assert image("check", make(tmp_path, MIB), "--force") == 1
     assert "--force is for --repair" in capsys.readouterr().err
+
+
+# amend
+
+
+def test_amend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = convert(tmp_path, b"x" * 512 * 40)
+    assert image("amend", path, "--compat", "2") == 0
+    assert "compat: 0.10" in run("qemu-img", "info", path)
+    assert image("amend", path, "--compat", "3", "--refcount-bits", "8") == 0
+    assert image("amend", path, "--lazy-refcounts", "on") == 0
+    shown = run("qemu-img", "info", path)
+    assert "compat: 1.1" in shown
+    assert "refcount bits: 8" in shown
+    assert "lazy refcounts: true" in shown
+    assert content(path) == b"x" * 512 * 40
+    assert image("amend", path) == 1
+    assert "nothing to amend" in capsys.readouterr().err

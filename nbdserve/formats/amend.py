@@ -1,0 +1,62 @@
+"""Amending an image file: first what the open image does, then header and refcounts."""
+
+import os
+from collections.abc import Sequence
+
+from nbdserve.errors import ConfigError, ImageError
+from nbdserve.formats.open import open_image
+from nbdserve.formats.qcow2.amend import Amendment, judge_amendment
+from nbdserve.formats.qcow2.amend import amend_image as amend_qcow2
+from nbdserve.formats.qcow2.image import Qcow2Image
+from nbdserve.storage import locks
+from nbdserve.storage.names import shown
+
+
+async def prepare_to_amend(
+    path: str | os.PathLike[str],
+    wanted: Amendment,
+    *,
+    allow_backing: Sequence[str] = (),
+    state_dir: str | None = None,
+) -> None:
+    """Let an image have nothing that the version wanted does not know.
+
+    Args:
+        path: A qcow2 image that nobody else uses.
+        wanted: The changes.
+        allow_backing: Folders in which backing files may lie.
+        state_dir: Where a killed server may have left acknowledged writes.
+
+    Raises:
+        ConfigError: The choices contradict each other, or it is no qcow2 image.
+        ImageError: The image is broken, or can't become that.
+        OSError: The file can't be read or written.
+    """
+    async with open_image(
+        path, allow_backing=allow_backing, state_dir=state_dir
+    ) as image:
+        if not isinstance(image, Qcow2Image):
+            raise ConfigError(f"{shown(path)}: only qcow2 images can be amended")
+        judge_amendment(shown(path), image.header, await image.snapshots(), wanted)
+        if wanted.version not in (None, image.header.version):
+            await image.prepare_version(wanted.version)
+
+
+def amend_image(path: str | os.PathLike[str], wanted: Amendment) -> None:
+    """Change header and refcounts of an image that nobody else uses.
+
+    Raises:
+        ConfigError: The choices contradict each other.
+        ImageError: The image is broken or in use, or can't become that.
+        OSError: The file can't be read or written.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        locks.take(fd, shown(path), write=True)
+        amend_qcow2(fd, shown(path), wanted)
+    except ImageError as error:
+        if shown(path) in str(error):
+            raise
+        raise type(error)(f"{shown(path)}: {error}") from error
+    finally:
+        os.close(fd)
