@@ -1,8 +1,11 @@
 """A disk as clients see it: a name, and facts that are true for this disk."""
 
+from collections.abc import Iterable, Mapping
+
 from nbdserve.block.device import BlockDevice
+from nbdserve.block.layers.dirty import DirtyTracking
+from nbdserve.exports.contexts import Describe, contexts_of
 from nbdserve.wire.constants import (
-    BASE_ALLOCATION,
     MAX_PAYLOAD,
     MIN_PREFERRED_BLOCK,
     TransmissionFlag,
@@ -21,12 +24,30 @@ class Export:
         name: What clients ask for; matched exactly.
         device: The disk.
         description: For people; may be empty.
+        contexts: The meta contexts that clients can select, by name.
+        clients: How many have chosen it; the server counts.
     """
 
-    def __init__(self, name: str, device: BlockDevice, description: str = "") -> None:
+    def __init__(
+        self,
+        name: str,
+        device: BlockDevice,
+        description: str = "",
+        *,
+        allocation_depth: bool = False,
+        bitmaps: Iterable[str] = (),
+    ) -> None:
+        names = tuple(bitmaps)
+        tracking = DirtyTracking(device, names) if names else None
         self.name = name
-        self.device = device
+        self.device = tracking or device
         self.description = description
+        self.contexts: Mapping[str, Describe] = contexts_of(
+            self.device,
+            depth=allocation_depth,
+            bitmaps=tracking.bitmaps if tracking is not None else (),
+        )
+        self.clients = 0
 
     def transmission_flags(self) -> TransmissionFlag:
         """Return what the disk can do ("Transmission flags" of doc/proto.md).
@@ -64,5 +85,5 @@ class Export:
             minimum_block=1,
             preferred_block=max(preferred, MIN_PREFERRED_BLOCK),
             maximum_payload=MAX_PAYLOAD,
-            meta_contexts=(BASE_ALLOCATION,),
+            meta_contexts=tuple(self.contexts),
         )

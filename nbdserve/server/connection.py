@@ -24,31 +24,52 @@ from nbdserve.server.buffers import Buffer
 from nbdserve.server.limits import Limits
 from nbdserve.server.outbox import Arena, Outbox
 from nbdserve.server.session import Session
-from nbdserve.wire.constants import REQUEST_MAGIC, Command, NbdError
+from nbdserve.wire.constants import (
+    EXTENDED_REQUEST_MAGIC,
+    REQUEST_MAGIC,
+    Command,
+    CommandFlag,
+    NbdError,
+)
 from nbdserve.wire.handshake import Negotiated
-from nbdserve.wire.requests import REQUEST, bad_magic
+from nbdserve.wire.requests import (
+    EXTENDED_REQUEST,
+    REQUEST,
+    bad_magic,
+    parse_status_payload,
+)
 from nbdserve.wire.transmission import drain_length
-from nbdserve.wire.validate import ExportFacts, Refusal, command_name, judge
+from nbdserve.wire.validate import (
+    ExportFacts,
+    Refusal,
+    command_name,
+    judge,
+    judge_extended,
+)
 
 #: Bytes of the memory that receives, and of what is received at once: a burst of
 #: 32 writes of 4 KiB with ease, behind what may be left of the last turn.
 RECEIVE_ARENA: Final = 256 << 10
 _RECEIVE: Final = 192 << 10
-#: The payload of a longer write gets its own buffer if it is not there yet, in which
-#: the rest arrives where the disk takes it from. Up to here it is copied instead.
-_COPIED_PAYLOAD: Final = 32 << 10
+#: A longer request waits while all connections together hold too much memory. And the
+#: payload of a longer write gets its own buffer if it is not there yet, in which the rest
+#: arrives where the disk takes it from; up to here it is copied instead.
+_LARGE: Final = 32 << 10
 #: Bytes that have to be free for receiving behind what is left of the last turn.
 _LEAST_ROOM: Final = 64 << 10
 #: Requests between two looks at the clock: a few us if all is cached, but some of them
 #: may unpack a cluster.
 _REQUESTS_PER_LOOK: Final = 4
 
-_HEADER: Final = REQUEST.size
+#: While memory is short, a peer has to move this part of what it holds in each
+#: `stall_timeout_s`.
+_PARTS_WHEN_SHORT: Final = 16
+
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
 _SHUTTING_DOWN: Final = "server shutting down"
-_unpack = REQUEST.unpack_from
+_PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
 _Judge = Callable[[ExportFacts, int, int, int, int], Refusal | None]
 
 
@@ -109,7 +130,7 @@ class Connection:
             loop, sock, shared.outgoing, shared.budget, self._on_progress
         )
         self.session = Session(
-            export.device,
+            export,
             negotiated,
             self._outbox,
             shared.budget,
@@ -123,13 +144,22 @@ class Connection:
             meta_contexts=len(negotiated.meta_contexts),
             minimum_block=negotiated.export.minimum_block,
             max_payload=negotiated.export.maximum_payload,
+            extended=negotiated.extended,
         )
-        self._judge: _Judge = judge
+        self._extended = negotiated.extended
+        layout = EXTENDED_REQUEST if negotiated.extended else REQUEST
+        self._magic = EXTENDED_REQUEST_MAGIC if negotiated.extended else REQUEST_MAGIC
+        self._header_size = layout.size
+        self._unpack = layout.unpack_from
+        self._judge: _Judge = judge_extended if negotiated.extended else judge
         if log.is_enabled_for(logging.DEBUG):
             self._judge = self._judge_and_log
         self._rest = b""  # received, but not carried out
         self._cut_short = False  # there are complete requests in it
+        self._starved = False  # a large request has to wait for memory
         self._payload: _Payload | None = None
+        self._bytes_taken = 0  # of long payloads, ever
+        self._progress = (0, loop.time())  # see `end_if_stalled`
         self._drain_left = 0  # bytes of the payload of a refused write
         self._reading = False  # the loop watches the socket
         self._continuing = False  # a turn is scheduled
@@ -154,6 +184,7 @@ class Connection:
             return
         self._shutting_down = True
         self._judge = _refuse_all
+        self._starved = False
         if not self._outbox.blocked:
             self._guarded_turn()  # who has just asked is told, not cut off
 
@@ -161,6 +192,31 @@ class Connection:
         """Close at once; what is in flight comes to its end unanswered."""
         self._end(_SHUTTING_DOWN)
         self._close()
+
+    def end_if_stalled(self) -> None:
+        """Close if the peer makes the server hold memory, and moves nothing.
+
+        To be called every now and then. Who holds nothing may be silent for ever: a disk
+        that is mounted and idle. When memory is short, a trickle is not enough.
+        """
+        now_s = self._loop.time()
+        held, moved = self._held(), self._bytes_taken + self._outbox.bytes_unblocked
+        seen, since_s = self._progress
+        enough = held // _PARTS_WHEN_SHORT if self._budget.exhausted else 0
+        if not held or moved - seen > enough:
+            self._progress = (moved, now_s)
+        elif now_s - since_s > self._limits.stall_timeout_s:
+            seconds = round(now_s - since_s)
+            self.blame = ProtocolError(f"no progress for {seconds} s")
+            self._end(f"no progress for {seconds} s with {held} bytes to move")
+            self._close()
+
+    def _held(self) -> int:
+        """Return the bytes that are held until the peer moves."""
+        held = self._outbox.bytes_queued if self._outbox.blocked else 0
+        if self._payload is not None and self._reading:
+            held += self._payload.length
+        return held
 
     # When to take a turn
 
@@ -192,7 +248,13 @@ class Connection:
             if self._may_start():
                 self._guarded_turn()
             else:
-                self._unwatch()  # late replies have filled the socket: see _on_progress
+                self._pause()  # late replies have filled the socket, or memory is short
+
+    def _pause(self) -> None:
+        """Do nothing until `_on_progress`."""
+        self._unwatch()
+        if self._budget.exhausted:
+            self._budget.wake_later(self._on_progress)
 
     def _may_start(self) -> bool:
         """Tell whether limits and the peer allow another request."""
@@ -201,8 +263,8 @@ class Connection:
             not self._outbox.blocked
             and session.in_flight < self._limits.requests_in_flight
             and session.bytes_in_flight < self._limits.bytes_in_flight
-            # whoever has nothing in flight may go on, or could wait for ever
-            and (not session.in_flight or not self._budget.exhausted)
+            # whoever has nothing in flight may go on with small requests
+            and (not self._budget.exhausted or not (session.in_flight or self._starved))
         )
 
     def _on_progress(self) -> None:
@@ -213,6 +275,8 @@ class Connection:
                 self._continue_soon()
             elif self._shutting_down:
                 self._end_if_quiet()
+            elif not self._reading and self._budget.exhausted:
+                self._pause()
         if self._ended is not None:
             self._close_if_idle()
 
@@ -248,9 +312,7 @@ class Connection:
         if self._ended is not None:
             self._close_if_idle()
         elif not self._may_start():
-            self._unwatch()
-            if self._budget.exhausted:
-                self._budget.wake_later(self._on_progress)
+            self._pause()
         elif self._cut_short:
             self._continue_soon()
         else:
@@ -300,7 +362,9 @@ class Connection:
         if position < end and self._ended is None:
             self._rest = bytes(view[position:end])
 
-    def _carry_out(self, buffer: Buffer, position: int, end: int) -> int:
+    def _carry_out(  # noqa: C901, PLR0912, PLR0915 -- one loop without a call too many
+        self, buffer: Buffer, position: int, end: int
+    ) -> int:
         """Carry out the complete requests in a part of a buffer.
 
         Returns:
@@ -309,29 +373,33 @@ class Connection:
         if self._drain_left:
             position = self._drain(position, end)
         view = buffer.view
+        header_size, expected_magic = self._header_size, self._magic
+        unpack = self._unpack
         facts, judge_request = self._facts, self._judge
         session, outbox = self.session, self._outbox
         deadline_s = perf_counter() + self._limits.turn_s
         bytes_left = self._limits.turn_bytes
         count = 0
-        while end - position >= _HEADER:
-            magic, flags, command, cookie, offset, length = _unpack(view, position)
-            if magic != REQUEST_MAGIC:
-                raise bad_magic(magic)
-            data = position + _HEADER
+        self._starved = False
+        while end - position >= header_size:
+            magic, flags, command, cookie, offset, length = unpack(view, position)
+            if magic != expected_magic:
+                raise bad_magic(magic, extended=self._extended)
+            data = position + header_size
             refusal = judge_request(facts, command, flags, offset, length)
             if refusal is not None:
-                session.refuse(cookie, refusal)
-                self._drain_left = drain_length(command, flags, length)
+                session.refuse(cookie, offset, refusal)
+                self._drain_left = self._payload_of_refused(command, flags, length)
                 position = self._drain(data, end)
             elif command == _READ:
+                if length > _LARGE and self._starves():
+                    break
                 position = data
                 bytes_left -= length
                 session.read(flags, cookie, offset, length)
             elif command == _WRITE:
                 if end - data < length:
-                    if length > _COPIED_PAYLOAD:
-                        self._expect(flags, cookie, offset, length, view[data:end])
+                    if self._expect(flags, cookie, offset, length, view[data:end]):
                         position = end
                     break
                 position = data + length
@@ -340,26 +408,37 @@ class Connection:
             elif command == _DISC:
                 self._end("disconnected")
                 break
+            elif flags & _PAYLOAD_LEN:
+                if end - data < length:
+                    break
+                position = data + length
+                self._carry_out_status(flags, cookie, offset, view[data:position])
             else:
                 position = data
                 session.other(command, flags, cookie, offset, length)
             count += 1
-            if (session.in_flight or outbox.blocked) and not self._may_start():
-                self._cut_short = True
-                break
-            if bytes_left <= 0 or (
-                not count % _REQUESTS_PER_LOOK and perf_counter() > deadline_s
+            if (
+                ((session.in_flight or outbox.blocked) and not self._may_start())
+                or bytes_left <= 0
+                or (not count % _REQUESTS_PER_LOOK and perf_counter() > deadline_s)
             ):
                 self._cut_short = True
                 break
         session.counters.requests += count
         return position
 
+    def _starves(self) -> bool:
+        """Tell whether a large request has to wait until others give memory back."""
+        if self._budget.exhausted:
+            self._starved = self._cut_short = True
+        return self._starved
+
     def _judge_and_log(
         self, facts: ExportFacts, command: int, flags: int, offset: int, length: int
     ) -> Refusal | None:
         """Judge, and tell about every request: level debug only."""
-        refusal = judge(facts, command, flags, offset, length)
+        decide = judge_extended if self._extended else judge
+        refusal = decide(facts, command, flags, offset, length)
         self._log.debug(
             "request",
             command=command_name(command),
@@ -370,6 +449,35 @@ class Connection:
         )
         return refusal
 
+    def _payload_of_refused(self, command: int, flags: int, length: int) -> int:
+        """Return how many bytes behind a refused header to throw away."""
+        return drain_length(
+            command,
+            flags,
+            length,
+            extended=self._extended,
+            max_payload=self._facts.max_payload,
+        )
+
+    def _carry_out_status(
+        self, flags: int, cookie: int, offset: int, data: memoryview
+    ) -> None:
+        """Carry out NBD_CMD_BLOCK_STATUS with a payload, or refuse it.
+
+        The judge lets no other command pass that has NBD_CMD_FLAG_PAYLOAD_LEN and gets
+        here, and no payload of a wrong size.
+        """
+        payload = parse_status_payload(data)
+        command, flags = int(Command.BLOCK_STATUS), flags & ~_PAYLOAD_LEN
+        refusal = self._judge(
+            self._facts, command, flags, offset, payload.length
+        ) or self.session.refusal_of(payload)
+        if refusal is not None:
+            self.session.refuse(cookie, offset, refusal)
+        else:
+            ids = payload.context_ids
+            self.session.status(flags, cookie, offset, payload.length, ids)
+
     def _drain(self, position: int, end: int) -> int:
         """Skip the payload of a refused write; return where that ends for now."""
         skipped = min(self._drain_left, end - position)
@@ -378,12 +486,19 @@ class Connection:
 
     def _expect(
         self, flags: int, cookie: int, offset: int, length: int, first: memoryview
-    ) -> None:
-        """Prepare for the rest of a long payload."""
+    ) -> bool:
+        """Prepare for the rest of a payload.
+
+        Returns:
+            Whether what is there of it was taken.
+        """
+        if length <= _LARGE or self._starves():
+            return False
         buffer = self._shared.incoming.pool.take(length)
         buffer.view[: len(first)] = first
         self._budget.take(length)
         self._payload = _Payload(flags, cookie, offset, length, buffer, len(first))
+        return True
 
     def _receive_payload(self, payload: _Payload) -> None:
         """Receive a long payload where the disk takes it from, then write it."""
@@ -398,6 +513,7 @@ class Connection:
                     self._end_of_stream(inside_request=True)
                     return
                 payload.received += received
+                self._bytes_taken += received
         except (BlockingIOError, InterruptedError):
             return
         if payload.received == payload.length:

@@ -1,28 +1,30 @@
 """From a command of the wire to a coroutine of the disk, and from errors back.
 
 NBD_CMD_READ and NBD_CMD_WRITE are not in the table: the session starts them itself, since
-where their data lie is its business.
+where their data lie is its business. Nor is NBD_CMD_BLOCK_STATUS: it asks the contexts
+that were negotiated, and only they ask the disk.
 """
 
 import asyncio
 import errno
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, Final
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.errors import ImageError, RequestError
-from nbdserve.exports.contexts import base_allocation
+from nbdserve.exports.contexts import Describe
 from nbdserve.wire.constants import Command, CommandFlag, NbdError
 from nbdserve.wire.replies import nbd_error
 
-#: What a command gives back: nothing, or extents (length, state).
-Outcome = list[tuple[int, int]] | None
+#: What a command gives back: nothing, or of each context its id and extents
+#: (length, state).
+Statuses = list[tuple[int, list[tuple[int, int]]]]
+Outcome = Statuses | None
 _Handler = Callable[[BlockDevice, int, int, int], Coroutine[Any, Any, Outcome]]
 
 _FUA: Final = int(CommandFlag.FUA)
 _NO_HOLE: Final = int(CommandFlag.NO_HOLE)
 _FAST_ZERO: Final = int(CommandFlag.FAST_ZERO)
-_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 
 
 def _flush(
@@ -55,10 +57,14 @@ def _write_zeroes(
     )
 
 
-def _block_status(
-    device: BlockDevice, flags: int, offset: int, length: int
-) -> Coroutine[Any, Any, Outcome]:
-    return base_allocation(device, offset, length, only_one=bool(flags & _REQ_ONE))
+async def block_status(
+    contexts: Sequence[tuple[int, Describe]], offset: int, length: int, only_one: bool
+) -> Statuses:
+    """Describe a range in each of some meta contexts: id and function."""
+    return [
+        (context_id, await describe(offset, length, only_one))
+        for context_id, describe in contexts
+    ]
 
 
 #: Command -> what carries it out, called with device, flags, offset and length.
@@ -67,7 +73,6 @@ HANDLERS: Final[dict[int, _Handler]] = {
     int(Command.TRIM): _trim,
     int(Command.CACHE): _cache,
     int(Command.WRITE_ZEROES): _write_zeroes,
-    int(Command.BLOCK_STATUS): _block_status,
 }
 
 

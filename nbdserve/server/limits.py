@@ -13,14 +13,23 @@ class Limits:
     handshake_timeout_s: float = 10.0
     #: File descriptors and a few KiB each; qemu's own default is 100.
     connections: int = 4096
+    #: Of one export, so that the clients of one do not keep out those of another.
+    connections_per_export: int = 1024
     #: Waiting requests per connection. The kernel and fio send 128 at most, nbdcopy 64
     #: for each of its connections; eight times that still is a few MiB of tasks.
     requests_in_flight: int = 1024
     #: Of one connection: two requests of the greatest size.
     bytes_in_flight: int = 128 * MIB
-    #: Of all connections. Above it, only connections without a request
-    #: in flight start one, so that nobody starves.
+    #: Of all connections: large requests wait while it is reached, and small ones of
+    #: connections that have some in flight. The others go on, so that nobody starves.
     total_bytes_in_flight: int = 1024 * MIB
+    #: How long a peer may move nothing while the server holds memory for it: a reply
+    #: that is not read, a payload that does not come. While memory is short, a
+    #: sixteenth of what is held has to move in that time. Who holds nothing may be silent.
+    stall_timeout_s: float = 60.0
+    #: Options of one handshake: a client that describes every export of a list needs two
+    #: for each. qemu was seen taking 5000, nbdkit stops at 32.
+    options: int = 4096
     #: One turn of one connection. Others wait as long for each busy one.
     turn_s: float = 0.0005
     turn_bytes: int = MIB

@@ -62,6 +62,7 @@ class Outbox:
     Attributes:
         arena: Where replies are put together.
         blocked: Whether the peer has to read before anything more can be sent.
+        bytes_unblocked: How many bytes were sent that had to wait for the peer, ever.
         lost: Why nothing can be sent any longer, if so.
     """
 
@@ -75,6 +76,7 @@ class Outbox:
         "_socket",
         "arena",
         "blocked",
+        "bytes_unblocked",
         "lost",
     )
 
@@ -96,12 +98,18 @@ class Outbox:
         self._run_start = 0
         self._flush_scheduled = False
         self.blocked = False
+        self.bytes_unblocked = 0
         self.lost: OSError | None = None
 
     @property
     def empty(self) -> bool:
         """Whether every reply was handed to the kernel, or never can be."""
         return not self._queue
+
+    @property
+    def bytes_queued(self) -> int:
+        """How many bytes wait for the peer."""
+        return sum(len(piece) for piece, _ in self._queue)
 
     def begin(self) -> None:
         """Start a turn."""
@@ -269,6 +277,7 @@ class Outbox:
         """Take `sent` bytes off the queue."""
         queue = self._queue
         self._budget.give_back(sent)
+        self.bytes_unblocked += sent
         while sent:
             piece, buffer = queue[0]
             if sent < len(piece):

@@ -13,34 +13,49 @@ from typing import Any, Final
 
 from structlog.typing import FilteringBoundLogger
 
-from nbdserve.block.device import BlockDevice, Hole
+from nbdserve.block.device import Hole
+from nbdserve.exports.export import Export
 from nbdserve.observe.counters import ConnectionCounters
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import Buffer
-from nbdserve.server.dispatch import HANDLERS, Outcome, error_of, is_expected
+from nbdserve.server.dispatch import (
+    HANDLERS,
+    Outcome,
+    block_status,
+    error_of,
+    is_expected,
+)
 from nbdserve.server.framing import (
     DATA_HEADER,
+    EXTENDED_DATA_HEADER,
     SIMPLE_HEADER,
     Range,
     frame_chunks,
 )
 from nbdserve.server.inline import adopt
 from nbdserve.server.outbox import Outbox
-from nbdserve.wire.constants import SIMPLE_REPLY_MAGIC, Command, CommandFlag
+from nbdserve.wire.answers import answers
+from nbdserve.wire.constants import (
+    SIMPLE_REPLY_MAGIC,
+    Command,
+    CommandFlag,
+    NbdError,
+)
 from nbdserve.wire.handshake import Negotiated
 from nbdserve.wire.replies import (
     SIMPLE_REPLY,
-    block_status_chunk,
-    error_reply,
     put_data_header,
-    simple_reply,
+    put_extended_data_header,
 )
+from nbdserve.wire.requests import StatusPayload
 from nbdserve.wire.validate import Refusal, command_name
 
 _DF: Final = int(CommandFlag.DF)
 _FUA: Final = int(CommandFlag.FUA)
 _READ: Final = int(Command.READ)
+_REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 _WRITE: Final = int(Command.WRITE)
+_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
 _put_simple = SIMPLE_REPLY.pack_into
 
 
@@ -76,14 +91,17 @@ class Session:
     """
 
     __slots__ = (
+        "_answers",
         "_arena",
         "_budget",
-        "_context_id",
+        "_contexts",
         "_device",
+        "_extended",
         "_log",
         "_loop",
         "_on_progress",
         "_outbox",
+        "_put_data_header",
         "_read_header",
         "_structured",
         "_tasks",
@@ -94,7 +112,7 @@ class Session:
 
     def __init__(
         self,
-        device: BlockDevice,
+        export: Export,
         negotiated: Negotiated,
         outbox: Outbox,
         budget: Budget,
@@ -102,15 +120,26 @@ class Session:
         log: FilteringBoundLogger,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._device = device
+        self._device = export.device
         self._outbox = outbox
         self._arena = outbox.arena
         self._budget = budget
         self._on_progress = on_progress
         self._structured = negotiated.structured
-        self._read_header = DATA_HEADER if negotiated.structured else SIMPLE_HEADER
-        contexts = negotiated.meta_contexts
-        self._context_id = contexts[0].context_id if contexts else 0
+        self._extended = negotiated.extended
+        self._answers = answers(
+            structured=negotiated.structured, extended=negotiated.extended
+        )
+        self._put_data_header: Callable[..., int] = put_data_header
+        if negotiated.extended:
+            self._read_header = EXTENDED_DATA_HEADER
+            self._put_data_header = put_extended_data_header
+        else:
+            self._read_header = DATA_HEADER if negotiated.structured else SIMPLE_HEADER
+        self._contexts = [
+            (context.context_id, export.contexts[context.name])
+            for context in negotiated.meta_contexts
+        ]
         self._log = log
         self._tasks: set[asyncio.Task[Any]] = set()
         self.counters = ConnectionCounters()
@@ -133,16 +162,16 @@ class Session:
             if not self._structured:
                 _put_simple(view, start, SIMPLE_REPLY_MAGIC, 0, cookie)
             elif not length or (holes and not flags & _DF):
-                parts = frame_chunks(view, start, cookie, offset, length, holes)
+                parts = self._frame(view, start, cookie, offset, length, holes)
                 self._outbox.send_parts(buffer, start, parts)
                 return
             else:
-                put_data_header(view, start, cookie, offset, length, done=True)
+                self._put_data_header(view, start, cookie, offset, length, done=True)
             if buffer is not self._arena.buffer:
                 self._outbox.send_parts(buffer, start, [(start, start + size)])
         except BaseException as failure:  # noqa: BLE001
             self._outbox.withdraw(buffer, start)
-            self._outbox.put(self._failed(_READ, cookie, failure))
+            self._outbox.put(self._failed(_READ, cookie, offset, failure))
         else:
             self._outbox.detach(buffer, start)
             self._wait(
@@ -168,12 +197,15 @@ class Session:
             waits_for = coroutine.send(None)
         except StopIteration:
             self.counters.bytes_written += len(payload)
+            if self._extended:
+                self._outbox.put(self._answers.done(cookie, offset))
+                return
             room = self._outbox.reserve(SIMPLE_HEADER)
             _put_simple(
                 room.view, room.position - SIMPLE_HEADER, SIMPLE_REPLY_MAGIC, 0, cookie
             )
         except BaseException as failure:  # noqa: BLE001
-            self._outbox.put(self._failed(_WRITE, cookie, failure))
+            self._outbox.put(self._failed(_WRITE, cookie, offset, failure))
         else:
             buffer.pin()
             self._wait(
@@ -186,23 +218,65 @@ class Session:
         self, command: int, flags: int, cookie: int, offset: int, length: int
     ) -> None:
         """Carry out any other command that the judge let pass."""
+        if command == _BLOCK_STATUS:
+            self.status(flags, cookie, offset, length)
+            return
         coroutine = HANDLERS[command](self._device, flags, offset, length)
+        self._start(coroutine, _Waiting(command, flags, cookie, offset, length))
+
+    def status(
+        self,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        context_ids: Sequence[int] | None = None,
+    ) -> None:
+        """Carry out NBD_CMD_BLOCK_STATUS.
+
+        Args:
+            flags: Of the request.
+            cookie: Of the request.
+            offset: Of the request.
+            length: Of the range, at least 1.
+            context_ids: Only these of the selected contexts (see `refusal_of`).
+        """
+        contexts = self._contexts
+        if context_ids is not None:
+            contexts = [each for each in contexts if each[0] in context_ids]
+        coroutine = block_status(contexts, offset, length, bool(flags & _REQ_ONE))
+        request = _Waiting(_BLOCK_STATUS, flags, cookie, offset, length)
+        self._start(coroutine, request)
+
+    def refusal_of(self, payload: StatusPayload) -> Refusal | None:
+        """Judge which contexts a payload of NBD_CMD_BLOCK_STATUS names."""
+        wanted = set(payload.context_ids)
+        if len(wanted) != len(payload.context_ids):
+            return Refusal(NbdError.EINVAL, "a meta context is named twice")
+        unknown = wanted - {context_id for context_id, _ in self._contexts}
+        if unknown:
+            return Refusal(NbdError.EINVAL, f"meta context {min(unknown)} is unknown")
+        return None
+
+    def _start(
+        self, coroutine: Coroutine[Any, Any, Outcome], request: _Waiting
+    ) -> None:
+        """Drive a command without data to its end, or to its first wait."""
+        cookie, offset = request.cookie, request.offset
         try:
             waits_for = coroutine.send(None)
         except StopIteration as finished:
-            self._outbox.put(self._success(cookie, finished.value))
+            self._outbox.put(self._success(cookie, offset, finished.value))
         except BaseException as failure:  # noqa: BLE001
-            self._outbox.put(self._failed(command, cookie, failure))
+            self._outbox.put(self._failed(request.command, cookie, offset, failure))
         else:
-            self._wait(
-                coroutine, waits_for, _Waiting(command, flags, cookie, offset, length)
-            )
+            self._wait(coroutine, waits_for, request)
 
-    def refuse(self, cookie: int, refusal: Refusal) -> None:
+    def refuse(self, cookie: int, offset: int, refusal: Refusal) -> None:
         """Answer a request that is not carried out."""
         self.counters.errors += 1
         error, text = refusal
-        self._outbox.put(error_reply(cookie, error, text, structured=self._structured))
+        self._outbox.put(self._answers.error(cookie, offset, error, text))
 
     def _wait(
         self, coroutine: Coroutine[Any, Any, Any], waits_for: object, request: _Waiting
@@ -223,9 +297,10 @@ class Session:
         failure = asyncio.CancelledError() if task.cancelled() else task.exception()
         buffer = request.buffer
         outbox = self._outbox
+        cookie, offset = request.cookie, request.offset
         if failure is not None:
             outbox.send_late_bytes(
-                self._failed(request.command, request.cookie, failure)
+                self._failed(request.command, cookie, offset, failure)
             )
         elif request.command == _READ and buffer is not None:
             self.counters.bytes_read += request.length
@@ -233,9 +308,9 @@ class Session:
             buffer = None  # the outbox has its pin now
         elif request.command == _WRITE:
             self.counters.bytes_written += request.length
-            outbox.send_late_bytes(simple_reply(request.cookie))
+            outbox.send_late_bytes(self._answers.done(cookie, offset))
         else:
-            outbox.send_late_bytes(self._success(request.cookie, task.result()))
+            outbox.send_late_bytes(self._success(cookie, offset, task.result()))
         if buffer is not None:
             buffer.unpin()
         self._budget.give_back(request.bytes_held)
@@ -252,17 +327,30 @@ class Session:
             return [(start, start + SIMPLE_HEADER + length)]
         if request.flags & _DF:
             holes = ()
-        return frame_chunks(view, start, cookie, request.offset, length, holes)
+        return self._frame(view, start, cookie, request.offset, length, holes)
 
-    def _success(self, cookie: int, outcome: Outcome) -> bytes:
+    def _frame(
+        self,
+        view: memoryview,
+        start: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        holes: Sequence[Hole],
+    ) -> list[Range]:
+        return frame_chunks(
+            view, start, cookie, offset, length, holes, extended=self._extended
+        )
+
+    def _success(self, cookie: int, offset: int, outcome: Outcome) -> bytes:
         """Return the reply to a command without data."""
         if outcome is None:
-            # "Simple reply message" stays allowed for every command but READ, and
-            # BLOCK_STATUS, which has extents
-            return simple_reply(cookie)
-        return block_status_chunk(cookie, self._context_id, outcome, done=True)
+            return self._answers.done(cookie, offset)
+        return self._answers.statuses(cookie, offset, outcome)
 
-    def _failed(self, command: int, cookie: int, failure: BaseException) -> bytes:
+    def _failed(
+        self, command: int, cookie: int, offset: int, failure: BaseException
+    ) -> bytes:
         """Return the reply to a request that failed, and log what nobody expected.
 
         Raises:
@@ -279,4 +367,4 @@ class Session:
                 command=command_name(command),
                 exc_info=failure,
             )
-        return error_reply(cookie, error, text, structured=self._structured)
+        return self._answers.error(cookie, offset, error, text)

@@ -4,7 +4,8 @@ Requests go out under cookies of their own, and a `Reply` comes back for each, i
 whatever order the server likes. The chunks of structured replies are put together
 here, and held against the specification as strictly as it allows: the tests of the
 server lean on that. Sections of doc/proto.md: "Simple reply message", "Structured
-reply chunk message", "Structured reply types", "Request types".
+reply chunk message", "Extended reply chunk message", "Structured reply types",
+"Request types".
 """
 
 import struct
@@ -16,6 +17,8 @@ from typing import Final
 from nbdserve.errors import ProtocolError
 from nbdserve.wire.constants import (
     CHUNK_ERROR_BIT,
+    EXTENDED_REPLY_MAGIC,
+    EXTENDED_REQUEST_MAGIC,
     MAX_DRAIN,
     MAX_STRING,
     REQUEST_MAGIC,
@@ -26,8 +29,8 @@ from nbdserve.wire.constants import (
     Command,
     CommandFlag,
 )
-from nbdserve.wire.replies import CHUNK, SIMPLE_REPLY
-from nbdserve.wire.requests import REQUEST, Request
+from nbdserve.wire.replies import CHUNK, EXTENDED_CHUNK, SIMPLE_REPLY
+from nbdserve.wire.requests import EXTENDED_REQUEST, REQUEST, Request
 from nbdserve.wire.validate import command_name
 
 _U32: Final = struct.Struct(">I")
@@ -64,10 +67,12 @@ class Reply:
 class _Pending:
     """A request whose reply is not complete."""
 
-    __slots__ = ("complete", "covered", "reply")
+    __slots__ = ("complete", "context_ids", "covered", "reply")
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, context_ids: frozenset[int]) -> None:
         self.reply = Reply(request)
+        #: of BLOCK_STATUS: those that the reply has to have
+        self.context_ids = context_ids
         self.complete = False
         #: start and end of what content chunks have told, in order
         self.covered: list[tuple[int, int]] = []
@@ -95,10 +100,18 @@ class ClientTransmission:
     """One connection after its handshake, seen from the client."""
 
     def __init__(
-        self, *, structured: bool = False, context_ids: Collection[int] = ()
+        self,
+        *,
+        structured: bool = False,
+        extended: bool = False,
+        context_ids: Collection[int] = (),
     ) -> None:
         self._structured = structured
+        self._extended = extended
         self._context_ids = frozenset(context_ids)
+        self._status_kind = (
+            ChunkType.BLOCK_STATUS_EXT if extended else ChunkType.BLOCK_STATUS
+        )
         self._incoming = bytearray()
         self._outgoing = bytearray()
         self._pending: dict[int, _Pending] = {}
@@ -130,16 +143,37 @@ class ClientTransmission:
         length: int = 0,
         payload: bytes | bytearray | memoryview = b"",
     ) -> int:
-        """Send any request, also one that the server will have to refuse."""
+        """Send any request, also one that the server will have to refuse.
+
+        With extended headers NBD_CMD_FLAG_PAYLOAD_LEN is yours to set.
+        """
+        request = Request(command, flags, self._next_cookie, offset, length)
+        return self._send(request, payload, self._context_ids)
+
+    def _send(
+        self,
+        request: Request,
+        payload: bytes | bytearray | memoryview,
+        context_ids: frozenset[int],
+    ) -> int:
+        """Send a request; its header may say something else than `request` means."""
         cookie = self._next_cookie
         self._next_cookie += 1
-        self._outgoing += REQUEST.pack(
-            REQUEST_MAGIC, flags, command, cookie, offset, length
+        layout, magic = (
+            (EXTENDED_REQUEST, EXTENDED_REQUEST_MAGIC)
+            if self._extended
+            else (REQUEST, REQUEST_MAGIC)
+        )
+        filtered = request.command == Command.BLOCK_STATUS and (
+            request.flags & CommandFlag.PAYLOAD_LEN
+        )
+        length = len(payload) if filtered else request.length
+        self._outgoing += layout.pack(
+            magic, request.flags, request.command, cookie, request.offset, length
         )
         self._outgoing += payload
-        if command != Command.DISC:
-            request = Request(command, flags, cookie, offset, length)
-            self._pending[cookie] = _Pending(request)
+        if request.command != Command.DISC:
+            self._pending[cookie] = _Pending(request, context_ids)
         return cookie
 
     def read(self, offset: int, length: int, *, flags: int = 0) -> int:
@@ -150,6 +184,8 @@ class ClientTransmission:
         self, offset: int, data: bytes | bytearray | memoryview, *, flags: int = 0
     ) -> int:
         """Send NBD_CMD_WRITE."""
+        if self._extended:
+            flags |= CommandFlag.PAYLOAD_LEN
         return self.request(
             Command.WRITE, flags=flags, offset=offset, length=len(data), payload=data
         )
@@ -168,11 +204,32 @@ class ClientTransmission:
         """Send NBD_CMD_CACHE."""
         return self.request(Command.CACHE, flags=flags, offset=offset, length=length)
 
-    def block_status(self, offset: int, length: int, *, flags: int = 0) -> int:
-        """Send NBD_CMD_BLOCK_STATUS."""
-        return self.request(
-            Command.BLOCK_STATUS, flags=flags, offset=offset, length=length
+    def block_status(
+        self,
+        offset: int,
+        length: int,
+        *,
+        flags: int = 0,
+        context_ids: Collection[int] | None = None,
+    ) -> int:
+        """Send NBD_CMD_BLOCK_STATUS.
+
+        Args:
+            offset: Bytes.
+            length: Bytes.
+            flags: NBD_CMD_FLAG_REQ_ONE, or none.
+            context_ids: With extended headers: only these of the selected contexts, which
+                goes into a payload (NBD_FLAG_BLOCK_STATUS_PAYLOAD).
+        """
+        payload, wanted = b"", self._context_ids
+        if context_ids is not None:
+            flags |= CommandFlag.PAYLOAD_LEN
+            payload = struct.pack(f">Q{len(context_ids)}I", length, *context_ids)
+            wanted = frozenset(context_ids)
+        request = Request(
+            Command.BLOCK_STATUS, flags, self._next_cookie, offset, length
         )
+        return self._send(request, payload, wanted)
 
     def flush(self, *, flags: int = 0) -> int:
         """Send NBD_CMD_FLUSH."""
@@ -192,9 +249,10 @@ class ClientTransmission:
         """
         while len(self._incoming) >= 4:
             (magic,) = _U32.unpack_from(self._incoming)
-            if magic == SIMPLE_REPLY_MAGIC:
+            if magic == SIMPLE_REPLY_MAGIC and not self._extended:
                 return self._take_simple()
-            if magic != STRUCTURED_REPLY_MAGIC or not self._structured:
+            chunks = EXTENDED_REPLY_MAGIC if self._extended else STRUCTURED_REPLY_MAGIC
+            if magic != chunks or not (self._structured or self._extended):
                 raise ProtocolError(f"reply magic is {magic:#010x}")
             pending = self._take_chunk()
             if pending is None:
@@ -227,16 +285,21 @@ class ClientTransmission:
 
     def _take_chunk(self) -> _Pending | None:
         """Take one chunk, if it is there as a whole; return whose it is."""
-        if len(self._incoming) < CHUNK.size:
+        layout = EXTENDED_CHUNK if self._extended else CHUNK
+        if len(self._incoming) < layout.size:
             return None
-        _, flags, kind, cookie, length = CHUNK.unpack_from(self._incoming)
+        _, flags, kind, cookie, *offset, length = layout.unpack_from(self._incoming)
         pending = self._find(cookie)
+        if self._extended and offset != [pending.reply.request.offset]:
+            raise ProtocolError(
+                f"a chunk has offset {offset[0]}, not that of its request"
+            )
         if length > MAX_DRAIN:
             raise ProtocolError(f"a chunk announces {length} bytes")
-        end = CHUNK.size + length
+        end = layout.size + length
         if len(self._incoming) < end:
             return None
-        payload = bytes(self._incoming[CHUNK.size : end])
+        payload = bytes(self._incoming[layout.size : end])
         del self._incoming[:end]
         pending.reply.chunks.append(kind)
         self._gather(pending, kind, payload, done=bool(flags & ChunkFlag.DONE))
@@ -260,20 +323,22 @@ class ClientTransmission:
             _gather_data(pending, payload)
         elif kind == ChunkType.OFFSET_HOLE and command == Command.READ:
             _gather_hole(pending, payload)
-        elif kind == ChunkType.BLOCK_STATUS and command == Command.BLOCK_STATUS:
-            self._gather_status(pending.reply, payload)
+        elif kind == self._status_kind and command == Command.BLOCK_STATUS:
+            self._gather_status(pending, payload)
         else:
             raise ProtocolError(
                 f"chunk type {kind} as a reply to {command_name(command)}"
             )
 
-    def _gather_status(self, reply: Reply, payload: bytes) -> None:
-        if len(payload) < 12 or len(payload) % 8 != 4:
-            raise ProtocolError(f"a BLOCK_STATUS chunk of {len(payload)} bytes")
-        (context_id,) = _U32.unpack_from(payload)
-        if context_id not in self._context_ids or context_id in reply.statuses:
+    def _gather_status(self, pending: _Pending, payload: bytes) -> None:
+        reply = pending.reply
+        context_id, extents = (
+            _parse_extended_status(payload)
+            if self._extended
+            else _parse_status(payload)
+        )
+        if context_id not in pending.context_ids or context_id in reply.statuses:
             raise ProtocolError(f"meta context {context_id} is unknown or came twice")
-        extents = list(struct.iter_unpack(">II", payload[4:]))
         request = reply.request
         if any(length == 0 for length, _ in extents):
             raise ProtocolError("an extent of no length")
@@ -297,7 +362,7 @@ class ClientTransmission:
                     f"a read of {reply.request.length} bytes got {told} of them"
                 )
         if reply.request.command == Command.BLOCK_STATUS and (
-            reply.statuses.keys() != self._context_ids
+            reply.statuses.keys() != pending.context_ids
         ):
             raise ProtocolError("a meta context is missing in the reply")
 
@@ -306,6 +371,24 @@ class ClientTransmission:
             return self._pending[cookie]
         except KeyError:
             raise ProtocolError(f"a reply to an unknown cookie {cookie:#x}") from None
+
+
+def _parse_status(payload: bytes) -> tuple[int, list[tuple[int, int]]]:
+    """Parse the payload of a BLOCK_STATUS chunk: context id, and extents."""
+    if len(payload) < 12 or len(payload) % 8 != 4:
+        raise ProtocolError(f"a BLOCK_STATUS chunk of {len(payload)} bytes")
+    (context_id,) = _U32.unpack_from(payload)
+    return context_id, list(struct.iter_unpack(">II", payload[4:]))
+
+
+def _parse_extended_status(payload: bytes) -> tuple[int, list[tuple[int, int]]]:
+    """Parse the payload of a BLOCK_STATUS_EXT chunk: context id, and extents."""
+    if len(payload) < 24 or len(payload) % 16 != 8:
+        raise ProtocolError(f"a BLOCK_STATUS_EXT chunk of {len(payload)} bytes")
+    context_id, count = struct.unpack_from(">II", payload)
+    if count * 16 + 8 != len(payload):
+        raise ProtocolError(f"{count} extents in {len(payload)} bytes")
+    return context_id, list(struct.iter_unpack(">QQ", payload[8:]))
 
 
 def _gather_error(reply: Reply, kind: int, payload: bytes) -> None:

@@ -41,7 +41,7 @@ _GREETING: Final = struct.Struct(">QQH")
 _CLIENT_FLAGS: Final = struct.Struct(">I")
 _EXPORT_NAME_REPLY: Final = struct.Struct(">QH")
 _KNOWN_CLIENT_FLAGS: Final = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)
-_HANDLED: Final = frozenset(Option) - {Option.PEEK_EXPORT, Option.EXTENDED_HEADERS}
+_HANDLED: Final = frozenset(Option) - {Option.PEEK_EXPORT}
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class HandshakeLimits:
     """
 
     options: int = 4096
-    option_bytes: int = 256 << 10
+    option_bytes: int = 128 << 10
     skipped_bytes: int = 32 << 20
 
 
@@ -122,7 +122,7 @@ class Negotiated:
         requested_name: As the client put it; "" is the default export.
         export: What the client was told.
         transmission_flags: As sent to this client.
-        structured: Whether structured replies were negotiated.
+        structured: Whether structured replies were negotiated, or extended headers.
         extended: Whether extended headers were.
         meta_contexts: The selected ones, in the order of their ids.
     """
@@ -178,7 +178,8 @@ class ServerHandshake:
         negotiated: The outcome, once `state` is TRANSMISSION.
         closed_because: One line, once `state` is CLOSED: the connection is to be
             closed after sending what there is to send. Nobody broke the protocol.
-        structured: Whether structured replies are negotiated so far.
+        structured: Whether structured replies, or extended headers, are negotiated so far.
+        extended: Whether extended headers are.
         tls_active: Whether TLS runs.
     """
 
@@ -193,6 +194,7 @@ class ServerHandshake:
         self.negotiated: Negotiated | None = None
         self.closed_because: str | None = None
         self.structured = False
+        self.extended = False
         self.tls_active = tls_active
         self._tls = tls
         self._limits = limits or HandshakeLimits()
@@ -276,22 +278,29 @@ class ServerHandshake:
         ask = self._take(ExportAsked)
         if self._refused_for_shutdown(ask.option):
             return
-        flags = self._flags_of(export)
+        same_name = ask.name == self._contexts_of
+        contexts = self._contexts if same_name else ()
+        flags = self._flags_of(export, contexts)
         if ask.option == Option.EXPORT_NAME:
             self._outgoing += _EXPORT_NAME_REPLY.pack(export.size, flags)
             if not self._no_zeroes:
                 self._outgoing += bytes(EXPORT_NAME_ZEROES)
+        elif export.minimum_block > 1 and Info.BLOCK_SIZE not in ask.infos:
+            # "SHOULD ensure it first sends an NBD_INFO_BLOCK_SIZE information reply"
+            self._outgoing += _block_sizes(ask, export)
+            text = f"requests have to be aligned to {export.minimum_block} bytes"
+            self._error(ask.option, OptionReply.ERR_BLOCK_SIZE_REQD, text)
+            return
         else:
             self._outgoing += _info_replies(ask, export, flags)
         if ask.option != Option.INFO:
-            same_name = ask.name == self._contexts_of
             self.negotiated = Negotiated(
                 requested_name=ask.name,
                 export=export,
                 transmission_flags=flags,
                 structured=self.structured,
-                extended=False,
-                meta_contexts=self._contexts if same_name else (),
+                extended=self.extended,
+                meta_contexts=contexts,
             )
             self.state = HandshakeState.TRANSMISSION
 
@@ -433,12 +442,10 @@ class ServerHandshake:
                 self._start_tls(data)
             case Option.STRUCTURED_REPLY:
                 options.parse_no_data(option, data)
-                if self.structured:
-                    raise OptionError(
-                        OptionReply.ERR_INVALID, "structured replies are negotiated"
-                    )
-                self.structured = True
-                self._outgoing += options.ack(option)
+                self._start_structured_replies()
+            case Option.EXTENDED_HEADERS:
+                options.parse_no_data(option, data)
+                self._start_extended_headers()
             case Option.LIST:
                 options.parse_no_data(option, data)
                 self._ask = ExportsAsked(option)
@@ -446,9 +453,34 @@ class ServerHandshake:
                 info = options.parse_info(option, data)
                 self._ask = ExportAsked(option, info.name, info.infos)
             case Option.EXPORT_NAME:
+                if self.extended:
+                    # "a client MUST NOT use NBD_OPT_EXPORT_NAME"
+                    raise OptionError(
+                        OptionReply.ERR_INVALID, "extended headers need NBD_OPT_GO"
+                    )
                 self._ask = ExportAsked(option, options.parse_export_name(data), ())
             case _:
                 self._handle_contexts(option, data)
+
+    def _start_structured_replies(self) -> None:
+        if self.extended:
+            raise OptionError(
+                OptionReply.ERR_EXT_HEADER_REQD, "extended headers are negotiated"
+            )
+        if self.structured:
+            raise OptionError(
+                OptionReply.ERR_INVALID, "structured replies are negotiated"
+            )
+        self.structured = True
+        self._outgoing += options.ack(Option.STRUCTURED_REPLY)
+
+    def _start_extended_headers(self) -> None:
+        if self.extended:
+            raise OptionError(
+                OptionReply.ERR_INVALID, "extended headers are negotiated"
+            )
+        self.structured = self.extended = True
+        self._outgoing += options.ack(Option.EXTENDED_HEADERS)
 
     def _handle_contexts(self, option: int, data: bytes) -> None:
         if option == Option.SET_META_CONTEXT:
@@ -457,7 +489,8 @@ class ServerHandshake:
             self._forget_contexts()
             if not self.structured:
                 raise OptionError(
-                    OptionReply.ERR_INVALID, "structured replies have to come first"
+                    OptionReply.ERR_INVALID,
+                    "structured replies or extended headers have to come first",
                 )
         wanted = options.parse_meta_context(option, data)
         self._ask = ContextsAsked(option, wanted.name, wanted.queries)
@@ -471,7 +504,7 @@ class ServerHandshake:
         if self._incoming:
             raise ProtocolError("plaintext was sent behind NBD_OPT_STARTTLS")
         # "the server MUST NOT preserve any negotiation state"
-        self.structured = False
+        self.structured = self.extended = False
         self._forget_contexts()
         self._outgoing += options.ack(Option.STARTTLS)
         self.state = HandshakeState.STARTING_TLS
@@ -512,11 +545,16 @@ class ServerHandshake:
         self._contexts = ()
         self._contexts_of = ""
 
-    def _flags_of(self, export: ExportInfo) -> int:
+    def _flags_of(self, export: ExportInfo, contexts: tuple[MetaContext, ...]) -> int:
         """Return the transmission flags that are true for this client."""
+        # what depends on the client is not for the export to say
         flags = int(export.transmission_flags | TransmissionFlag.HAS_FLAGS)
-        df = int(TransmissionFlag.SEND_DF)
-        return flags | df if self.structured else flags & ~df
+        flags &= ~int(TransmissionFlag.SEND_DF | TransmissionFlag.BLOCK_STATUS_PAYLOAD)
+        if self.structured:
+            flags |= TransmissionFlag.SEND_DF
+        if self.extended and contexts:
+            flags |= TransmissionFlag.BLOCK_STATUS_PAYLOAD
+        return int(flags)
 
     def _open_ask(self) -> Ask | None:
         return self._ask
@@ -531,18 +569,22 @@ class ServerHandshake:
 
 def _info_replies(ask: ExportAsked, export: ExportInfo, flags: int) -> bytes:
     """Return the whole answer to INFO, which is the answer to GO as well."""
-    preferred = max(export.preferred_block, export.minimum_block, MIN_PREFERRED_BLOCK)
     replies = [
         options.info_export(ask.option, export.size, flags),
-        options.info_block_size(
-            ask.option, export.minimum_block, preferred, export.maximum_payload
-        ),
+        _block_sizes(ask, export),
     ]
     if Info.NAME in ask.infos:
         replies.append(options.info_name(ask.option, export.name))
     if Info.DESCRIPTION in ask.infos and export.description:
         replies.append(options.info_description(ask.option, export.description))
     return b"".join(replies) + options.ack(ask.option)
+
+
+def _block_sizes(ask: ExportAsked, export: ExportInfo) -> bytes:
+    preferred = max(export.preferred_block, export.minimum_block, MIN_PREFERRED_BLOCK)
+    return options.info_block_size(
+        ask.option, export.minimum_block, preferred, export.maximum_payload
+    )
 
 
 def _matches(name: str, query: str) -> bool:

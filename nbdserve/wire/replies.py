@@ -1,8 +1,9 @@
 """Build the replies of the transmission phase, and map errors to the wire.
 
-The layouts are "Simple reply message" and "Structured reply chunk message" of
-doc/proto.md. The `put_*` functions write at a position of a buffer that collects the
-replies of a batch; the others return bytes and are for what is rare.
+The layouts are "Simple reply message", "Structured reply chunk message" and "Extended
+reply chunk message" of doc/proto.md. The `put_*` functions write at a position of a
+buffer that collects the replies of a batch; the others return bytes and are for what is
+rare. `wire/answers.py` chooses between the three layouts.
 """
 
 import errno as os_errno
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from typing import Final
 
 from nbdserve.wire.constants import (
+    EXTENDED_REPLY_MAGIC,
     MAX_STRING,
     SIMPLE_REPLY_MAGIC,
     STRUCTURED_REPLY_MAGIC,
@@ -27,6 +29,12 @@ CHUNK: Final = struct.Struct(">IHHQI")
 DATA_CHUNK: Final = struct.Struct(">IHHQIQ")
 #: A whole hole chunk: a chunk header, offset, length of the hole.
 HOLE_CHUNK: Final = struct.Struct(">IHHQIQI")
+#: magic, flags, type, cookie, offset of the request, length of the payload
+EXTENDED_CHUNK: Final = struct.Struct(">IHHQQQ")
+#: An extended chunk header and the offset of the data behind it.
+EXTENDED_DATA_CHUNK: Final = struct.Struct(">IHHQQQQ")
+#: A whole extended hole chunk: a chunk header, offset, length of the hole.
+EXTENDED_HOLE_CHUNK: Final = struct.Struct(">IHHQQQQI")
 _ERROR: Final = struct.Struct(">IH")
 _OFFSET: Final = struct.Struct(">Q")
 
@@ -110,6 +118,65 @@ def put_hole(
     return position + 32
 
 
+def put_extended_done(
+    buffer: bytearray | memoryview, position: int, cookie: int, request_offset: int
+) -> int:
+    """Write an extended NONE chunk that ends a reply; return where it ends."""
+    EXTENDED_CHUNK.pack_into(
+        buffer, position, EXTENDED_REPLY_MAGIC, _DONE, _NONE, cookie, request_offset, 0
+    )
+    return position + 32
+
+
+def put_extended_data_header(  # noqa: PLR0913 -- the fields of the chunk
+    buffer: bytearray | memoryview,
+    position: int,
+    cookie: int,
+    offset: int,
+    length: int,
+    *,
+    done: bool,
+    request_offset: int | None = None,
+) -> int:
+    """Write what precedes `length` bytes of data in an extended OFFSET_DATA chunk.
+
+    Args:
+        buffer: Where to write.
+        position: Where the header starts.
+        cookie: Of the request.
+        offset: Of the data.
+        length: Of the data.
+        done: Whether this is the last chunk.
+        request_offset: Of the request, where the data does not begin there.
+
+    Returns:
+        Where the data has to begin.
+    """
+    EXTENDED_DATA_CHUNK.pack_into(
+        buffer, position, EXTENDED_REPLY_MAGIC, done, _OFFSET_DATA, cookie,
+        offset if request_offset is None else request_offset, length + 8, offset,
+    )  # fmt: skip
+    return position + 40
+
+
+def put_extended_hole(  # noqa: PLR0913 -- the fields of the chunk
+    buffer: bytearray | memoryview,
+    position: int,
+    cookie: int,
+    offset: int,
+    length: int,
+    *,
+    done: bool,
+    request_offset: int,
+) -> int:
+    """Write an extended OFFSET_HOLE chunk; return where it ends."""
+    EXTENDED_HOLE_CHUNK.pack_into(
+        buffer, position, EXTENDED_REPLY_MAGIC, done, _OFFSET_HOLE, cookie,
+        request_offset, 12, offset, length,
+    )  # fmt: skip
+    return position + 44
+
+
 def simple_reply(cookie: int, error: int = 0) -> bytes:
     """Return a simple reply, without the data of a read."""
     return SIMPLE_REPLY.pack(SIMPLE_REPLY_MAGIC, error, cookie)
@@ -156,6 +223,32 @@ def block_status_chunk(
     return chunk(cookie, ChunkType.BLOCK_STATUS, payload, done=done)
 
 
+def extended_chunk(
+    cookie: int, request_offset: int, kind: int, payload: bytes = b"", *, done: bool
+) -> bytes:
+    """Return a whole extended chunk."""
+    header = EXTENDED_CHUNK.pack(
+        EXTENDED_REPLY_MAGIC, done, kind, cookie, request_offset, len(payload)
+    )
+    return header + payload
+
+
+def extended_block_status_chunk(
+    cookie: int,
+    request_offset: int,
+    context_id: int,
+    extents: Sequence[tuple[int, int]],
+    *,
+    done: bool,
+) -> bytes:
+    """Return a BLOCK_STATUS_EXT chunk: as `block_status_chunk`, in numbers of 64 bits."""
+    numbers = [number for extent in extents for number in extent]
+    payload = struct.pack(f">II{len(numbers)}Q", context_id, len(extents), *numbers)
+    return extended_chunk(
+        cookie, request_offset, ChunkType.BLOCK_STATUS_EXT, payload, done=done
+    )
+
+
 def error_chunk(
     cookie: int, error: int, text: str = "", *, offset: int | None = None
 ) -> bytes:
@@ -167,30 +260,19 @@ def error_chunk(
         text: For a person; cut at `MAX_STRING` bytes.
         offset: Where in the export it happened, if that is known.
     """
+    kind, payload = error_payload(error, text, offset=offset)
+    return chunk(cookie, kind, payload, done=True)
+
+
+def error_payload(
+    error: int, text: str = "", *, offset: int | None = None
+) -> tuple[ChunkType, bytes]:
+    """Return type and payload of the chunk that ends a reply with an error."""
     message = clipped(text)
     payload = _ERROR.pack(error, len(message)) + message
     if offset is None:
-        return chunk(cookie, ChunkType.ERROR, payload, done=True)
-    payload += _OFFSET.pack(offset)
-    return chunk(cookie, ChunkType.ERROR_OFFSET, payload, done=True)
-
-
-def error_reply(
-    cookie: int,
-    error: int,
-    text: str = "",
-    *,
-    structured: bool,
-    offset: int | None = None,
-) -> bytes:
-    """Return a failed request's whole reply, as negotiated.
-
-    With structured replies it is a chunk for every command: for a read
-    "the server MUST use a structured reply", and the others gain the text.
-    """
-    if structured:
-        return error_chunk(cookie, error, text, offset=offset)
-    return simple_reply(cookie, error)
+        return ChunkType.ERROR, payload
+    return ChunkType.ERROR_OFFSET, payload + _OFFSET.pack(offset)
 
 
 def clipped(text: str) -> bytes:

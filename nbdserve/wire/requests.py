@@ -91,3 +91,21 @@ def payload_length(
     """
     has_payload = flags & _PAYLOAD_LEN if extended else command == _WRITE
     return length if has_payload else 0
+
+
+@dataclass(frozen=True, slots=True)
+class StatusPayload:
+    """The payload of NBD_CMD_BLOCK_STATUS: what to describe, and in which contexts."""
+
+    length: int
+    context_ids: tuple[int, ...]
+
+
+def parse_status_payload(data: bytes | bytearray | memoryview) -> StatusPayload:
+    """Parse the payload of NBD_CMD_BLOCK_STATUS ("extended headers").
+
+    Args:
+        data: 8 bytes and 4 for each context.
+    """
+    length, *context_ids = struct.unpack(f">Q{len(data) // 4 - 2}I", data)
+    return StatusPayload(length, tuple(context_ids))

@@ -124,6 +124,42 @@ def _allowed(facts: ExportFacts) -> dict[int, Allowed]:
     }
 
 
+#: The payload of NBD_CMD_BLOCK_STATUS: a length, and the id of each context wanted.
+_STATUS_PAYLOAD_LEAST: Final = 8 + 4
+# plain numbers: arithmetic on IntFlag is ten times slower
+_PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
+_WRITE: Final = int(Command.WRITE)
+_BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
+
+
+def judge_extended(
+    facts: ExportFacts, command: int, flags: int, offset: int, length: int
+) -> Refusal | None:
+    """Decide about one request with an extended header, as `judge` does.
+
+    Of an NBD_CMD_BLOCK_STATUS with a payload this is the first half: its range is in the
+    payload, and `parse_status_payload` of `wire/requests.py` and `judge` see to that.
+    """
+    if not flags & _PAYLOAD_LEN:
+        if command != _WRITE or command not in facts.allowed:
+            return judge(facts, command, flags, offset, length)
+        return Refusal(
+            NbdError.EINVAL, f"{command_name(command)} without NBD_CMD_FLAG_PAYLOAD_LEN"
+        )
+    if command != _BLOCK_STATUS:
+        return judge(facts, command, flags, offset, length)
+    if not facts.transmission_flags & TransmissionFlag.BLOCK_STATUS_PAYLOAD:
+        return Refusal(
+            NbdError.EINVAL, f"{command_name(command)}: no payload was advertised"
+        )
+    most = 8 + 4 * facts.meta_contexts
+    if not _STATUS_PAYLOAD_LEAST <= length <= most or length % 4:
+        return Refusal(
+            NbdError.EINVAL, f"{command_name(command)}: a payload of {length} bytes"
+        )
+    return None
+
+
 def judge(
     facts: ExportFacts, command: int, flags: int, offset: int, length: int
 ) -> Refusal | None:

@@ -116,10 +116,13 @@ class NbdClient:
         name: str = "",
         *,
         structured: bool = True,
+        extended: bool = False,
         contexts: Iterable[str] = (BASE_ALLOCATION,),
     ) -> ExportDetails:
         """Choose an export, and begin the transmission phase."""
-        if structured and not self.handshake.structured:
+        if extended and not self.handshake.extended:
+            await self.option(Option.EXTENDED_HEADERS)
+        elif structured and not self.handshake.structured:
             await self.option(Option.STRUCTURED_REPLY)
         wanted = list(contexts)
         if structured and wanted:
@@ -131,6 +134,7 @@ class NbdClient:
         await self._send_raw(self.handshake.data_to_send())
         transmission = ClientTransmission(
             structured=self.handshake.structured,
+            extended=self.handshake.extended,
             context_ids=[context.context_id for context in self.handshake.contexts],
         )
         transmission.feed(self.handshake.leftover())
@@ -179,9 +183,27 @@ class NbdClient:
         self, offset: int, length: int, *, flags: int = 0
     ) -> list[tuple[int, int]]:
         """Return the extents of the first selected context."""
-        cookie = self.transmission.block_status(offset, length, flags=flags)
-        reply = await self._ask(cookie)
-        return next(iter(reply.statuses.values()))
+        statuses = await self.block_statuses(offset, length, flags=flags)
+        return next(iter(statuses.values()))
+
+    async def block_statuses(
+        self,
+        offset: int,
+        length: int,
+        *,
+        flags: int = 0,
+        contexts: Iterable[str] | None = None,
+    ) -> dict[str, list[tuple[int, int]]]:
+        """Return the extents by the names of the selected contexts, or only some of them."""
+        ids = {context.name: context.context_id for context in self.handshake.contexts}
+        cookie = self.transmission.block_status(
+            offset,
+            length,
+            flags=flags,
+            context_ids=None if contexts is None else [ids[name] for name in contexts],
+        )
+        statuses = (await self._ask(cookie)).statuses
+        return {name: statuses[key] for name, key in ids.items() if key in statuses}
 
     async def request(
         self,

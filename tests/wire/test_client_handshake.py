@@ -312,8 +312,9 @@ class Conversation:
                 self.server.answer_export(DISK)
 
 
+@pytest.mark.parametrize("extended", [False, True])
 @pytest.mark.parametrize("at_once", [1, 7, 1 << 20])
-def test_both_roles_understand_each_other(at_once: int) -> None:
+def test_both_roles_understand_each_other(at_once: int, extended: bool) -> None:
     talk = Conversation(at_once=at_once)
 
     listed = talk.ask(Option.LIST)
@@ -322,9 +323,8 @@ def test_both_roles_understand_each_other(at_once: int) -> None:
 
     with pytest.raises(OptionRefused, match="NBD_REP_ERR_INVALID"):
         talk.ask(Option.SET_META_CONTEXT, contexts_data(NAME, ["base:allocation"]))
-    assert talk.ask(Option.STRUCTURED_REPLY) is not None
-    with pytest.raises(OptionRefused, match="EXTENDED_HEADERS: NBD_REP_ERR_UNSUP"):
-        talk.ask(Option.EXTENDED_HEADERS)
+    wanted = Option.EXTENDED_HEADERS if extended else Option.STRUCTURED_REPLY
+    assert talk.ask(wanted) is not None
     with pytest.raises(OptionRefused, match="TLS is not available"):
         talk.ask(Option.STARTTLS)
 
@@ -340,7 +340,8 @@ def test_both_roles_understand_each_other(at_once: int) -> None:
     assert chosen is not None
     assert chosen.contexts == [MetaContext(1, "qemu:allocation-depth")]
 
-    expected = ExportDetails(1000, 0x0181, NAME, DISK.description, 1, 65536, 64 << 20)
+    flags = 0x1181 if extended else 0x0181
+    expected = ExportDetails(1000, flags, NAME, DISK.description, 1, 65536, 64 << 20)
     data = info_data(NAME, [Info.NAME, Info.DESCRIPTION])
     for option in (Option.INFO, Option.GO):
         outcome = talk.ask(option, data)
@@ -351,6 +352,7 @@ def test_both_roles_understand_each_other(at_once: int) -> None:
     assert negotiated is not None
     assert negotiated.requested_name == NAME
     assert negotiated.structured == talk.client.structured
+    assert negotiated.extended == talk.client.extended == extended
     assert list(negotiated.meta_contexts) == talk.client.contexts
     assert talk.client.finished
 

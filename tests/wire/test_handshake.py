@@ -306,9 +306,7 @@ def test_what_is_malformed_is_err_invalid_and_the_stream_stays_in_step(
     assert all(text for _, kind, text in replies if kind == INVALID)
 
 
-@pytest.mark.parametrize(
-    "number", [Option.PEEK_EXPORT, Option.EXTENDED_HEADERS, 0, 12, 0xFFFFFFFF]
-)
+@pytest.mark.parametrize("number", [Option.PEEK_EXPORT, 0, 12, 0xFFFFFFFF])
 def test_an_unknown_option_is_err_unsup_and_the_stream_stays_in_step(
     number: int,
 ) -> None:

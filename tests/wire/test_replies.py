@@ -64,10 +64,9 @@ def test_replies_written_into_a_buffer() -> None:
 
 
 def test_with_structured_replies_no_error_is_a_simple_reply() -> None:
-    assert replies.error_reply(COOKIE, 22, "bad", structured=True) == ERROR
-    assert replies.error_reply(COOKIE, 5, "bad", structured=False) == SIMPLE_EIO
-    reply = replies.error_reply(COOKIE, 5, "bad", structured=True, offset=8192)
-    assert reply == ERROR_OFFSET
+    assert replies.error_chunk(COOKIE, 22, "bad") == ERROR
+    assert replies.simple_reply(COOKIE, 5) == SIMPLE_EIO
+    assert replies.error_chunk(COOKIE, 5, "bad", offset=8192) == ERROR_OFFSET
 
 
 def test_an_error_text_is_cut_at_4096_bytes_between_characters() -> None:

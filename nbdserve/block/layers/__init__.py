@@ -1,0 +1,1 @@
+"""Disks around other disks; each is there only where somebody asked for it."""
