@@ -8,6 +8,7 @@ Whatever fails, all that was begun is undone.
 import asyncio
 import contextlib
 import os
+import resource
 import signal
 import stat
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
+from nbdserve.server.limits import Limits, changed
 from nbdserve.server.listeners import (
     Endpoint,
     Listener,
@@ -77,6 +79,7 @@ def serve(config: ServeConfig, announce: Callable[[Serving], None]) -> None:
         ImageError: An image can't be used; at the end: could not be closed cleanly.
         OSError: At the end: something could not be made durable.
     """
+    _allow_many_files()
     activated = activated_listeners()
     _judge_activation(config, activated)
     listeners = activated or _listen(config)
@@ -88,6 +91,13 @@ def serve(config: ServeConfig, announce: Callable[[Serving], None]) -> None:
     finally:
         for listener in listeners:
             listener.close()
+
+
+def _allow_many_files() -> None:
+    """Raise the soft limit of file descriptors, 1024 by tradition, to the hard one."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # not allowed here: fewer clients
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 async def _serve(
@@ -106,7 +116,7 @@ async def _serve(
         return
     if not made:
         _note_another_size(config, registry)
-    server = Server(registry, listeners)
+    server = Server(registry, listeners, changed(Limits(), config.limits))
     flushes = _flush_on_hangup(registry)
     server.start()
     images = tuple(
@@ -193,7 +203,15 @@ async def _open_exports(config: ServeConfig) -> Registry:
             device = await _open(config, image, state_dir)
             for note in device.notes:
                 structlog.get_logger().warning(note)
-            registry.add(Export(image.name, device, config.description))
+            registry.add(
+                Export(
+                    image.name,
+                    device,
+                    config.description,
+                    allocation_depth=config.allocation_depth,
+                    bitmaps=config.bitmaps,
+                )
+            )
     except BaseException:
         await _close(registry)
         raise

@@ -57,6 +57,17 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group("images")
     _define_image_options(group)
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--limit",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=judged(_limit),
+        help="what clients may use, any number of times, such as connections=100,"
+        " connections-per-export=10, total-bytes-in-flight=256M,"
+        " handshake-timeout-s=5, stall-timeout-s=30",
+    )
     group = parser.add_argument_group("log")
     group.add_argument(
         "--log-format",
@@ -89,6 +100,20 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
         "--snapshot",
         metavar="NAME",
         help="serve an internal snapshot of a qcow2 image, by name or id, read-only",
+    )
+    group.add_argument(
+        "--allocation-depth",
+        action="store_true",
+        help="tell clients how deep in the backing chain data lies"
+        " (qemu:allocation-depth)",
+    )
+    group.add_argument(
+        "--bitmap",
+        metavar="NAME",
+        action="append",
+        default=[],
+        help="record what is changed from now on, and tell clients"
+        " (qemu:dirty-bitmap:NAME), any number of times",
     )
     group.add_argument(
         "--create",
@@ -139,6 +164,9 @@ def run(arguments: argparse.Namespace) -> int:
         description=arguments.description,
         state_dir=arguments.state_dir,
         snapshot=arguments.snapshot,
+        allocation_depth=arguments.allocation_depth,
+        bitmaps=tuple(arguments.bitmap),
+        limits=tuple(arguments.limit),
     )
     from nbdserve import app
     from nbdserve.cli.announce import announce
@@ -159,3 +187,11 @@ def _address(text: str) -> "TcpAddress":
     from nbdserve.config.model import TcpAddress
 
     return TcpAddress.parse(text)
+
+
+def _limit(text: str) -> tuple[str, str]:
+    from nbdserve.server.limits import Limits, changed
+
+    name, _, value = text.partition("=")
+    changed(Limits(), [(name, value)])
+    return name, value

@@ -122,6 +122,10 @@ class ServeConfig:
         state_dir: Where redo records go; None leaves it to the environment.
         snapshot: Name or id of the internal snapshot to serve, read-only, instead of
             the active disk of the only image.
+        allocation_depth: Whether clients can ask for qemu:allocation-depth.
+        bitmaps: Names of bitmaps of what is changed while serving; clients see each as
+            qemu:dirty-bitmap:NAME.
+        limits: Names and values of what is not to be the default.
     """
 
     images: tuple[ImageConfig, ...]
@@ -135,6 +139,9 @@ class ServeConfig:
     description: str = ""
     state_dir: str | None = None
     snapshot: str | None = None
+    allocation_depth: bool = False
+    bitmaps: tuple[str, ...] = ()
+    limits: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.
@@ -147,6 +154,10 @@ class ServeConfig:
         if self.snapshot is not None and len(self.images) > 1:
             raise ConfigError("--snapshot is for one image, but several are given")
         _judge_string("description", self.description)
+        for name in self.bitmaps:
+            _judge_string("bitmap name", f"qemu:dirty-bitmap:{name}")
+            if not name or self.bitmaps.count(name) > 1:
+                raise ConfigError(f"--bitmap {name!r}: each needs a name of its own")
         for path in self.unix:
             if len(path.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_LENGTH:
                 raise ConfigError(

@@ -1,6 +1,11 @@
 """What one server, one connection and one turn of the loop may use, and why."""
 
-from dataclasses import dataclass
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, fields, replace
+
+from nbdserve.config.units import parse_size
+from nbdserve.errors import ConfigError
 
 MIB = 1 << 20
 
@@ -43,3 +48,33 @@ class Limits:
     linger_s: float = 0.5
     #: How long flushing and closing all images may take.
     close_timeout_s: float = 30.0
+
+
+def changed(limits: Limits, settings: Iterable[tuple[str, str]]) -> Limits:
+    """Return limits with some of them set by name.
+
+    Args:
+        limits: The others stay as they are in here.
+        settings: Names as operators write them, with `-`, and values: seconds
+            for what ends in `-s`, else a number that may end in K, M, G or T.
+
+    Raises:
+        ConfigError: There is no such limit, or it can't have that value.
+    """
+    kinds = {field.name.replace("_", "-"): field for field in fields(Limits)}
+    values: dict[str, float] = {}
+    for name, text in settings:
+        field = kinds.get(name)
+        if field is None:
+            known = ", ".join(kinds)
+            raise ConfigError(f"there is no limit {name!r}: there are {known}")
+        if field.type is float:
+            if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
+                raise ConfigError(f"the limit {name}={text} is not a number of seconds")
+            value: float = float(text)
+        else:
+            value = parse_size(text)
+        if not value:
+            raise ConfigError(f"the limit {name} can't be 0")
+        values[field.name] = value
+    return replace(limits, **values)  # type: ignore[arg-type]

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
-from nbdserve.wire.constants import OptionReply
+from nbdserve.wire.constants import Option, OptionReply
 from nbdserve.wire.handshake import (
     Ask,
     ExportAsked,
@@ -40,10 +40,18 @@ async def negotiate(
     sock: socket.socket,
     handshake: ServerHandshake,
     registry: Registry,
+    most_clients: int,
 ) -> Chosen | str:
     """Talk to a client until it has chosen an export, or goes away.
 
     There is no deadline in here; that is the caller's.
+
+    Args:
+        loop: The running one.
+        sock: The client.
+        handshake: Its handshake.
+        registry: What it may choose from.
+        most_clients: Of one export: another one is refused.
 
     Returns:
         The choice, or why there is none.
@@ -60,7 +68,7 @@ async def negotiate(
             return "closed by the client during the handshake"
         handshake.feed(received)
         while (ask := handshake.next_ask()) is not None:
-            chosen = _answer(ask, handshake, registry)
+            chosen = _answer(ask, handshake, registry, most_clients)
             await _send(loop, sock, handshake)
         await _send(loop, sock, handshake)
         if handshake.negotiated is not None and chosen is not None:
@@ -77,7 +85,9 @@ async def _send(
         await loop.sock_sendall(sock, data)
 
 
-def _answer(ask: Ask, handshake: ServerHandshake, registry: Registry) -> Export | None:
+def _answer(
+    ask: Ask, handshake: ServerHandshake, registry: Registry, most_clients: int
+) -> Export | None:
     """Answer one option; return the export that it is about."""
     if isinstance(ask, ExportsAsked):
         handshake.answer_list((export.name, export.description) for export in registry)
@@ -87,7 +97,12 @@ def _answer(ask: Ask, handshake: ServerHandshake, registry: Registry) -> Export 
         name = ask.name or "(the default export)"
         handshake.refuse(OptionReply.ERR_UNKNOWN, f"there is no export {name!r}")
     elif isinstance(ask, ExportAsked):
-        handshake.answer_export(export.info())
+        if ask.option != Option.INFO and export.clients >= most_clients:
+            handshake.refuse(
+                OptionReply.ERR_POLICY, f"the export has {export.clients} clients"
+            )
+        else:
+            handshake.answer_export(export.info())
     else:
         handshake.answer_contexts(export.info())
     return export

@@ -26,12 +26,14 @@ from nbdserve.server.notify import (
     watchdog_interval_s,
 )
 from nbdserve.server.outbox import REPLY_ARENA, Arena
-from nbdserve.wire.handshake import ServerHandshake
+from nbdserve.wire.handshake import HandshakeLimits, ServerHandshake
 
 #: Clients accepted in one go; the loop comes back for more.
 _ACCEPTED_PER_TURN: Final = 16
 #: How long to wait when there are no file descriptors left.
 _ACCEPT_PAUSE_S: Final = 0.2
+#: The most between two looks for clients that hold memory and do nothing with it.
+_MOST_BETWEEN_LOOKS_S: Final = 5.0
 #: Of Unix sockets: a full batch of replies (Linux counts about twice the data, and
 #: net.core.wmem_max, 208 KiB by default, is the most it allows). TCP finds its own.
 _UNIX_BUFFER: Final = 1 << 20
@@ -75,6 +77,7 @@ class Server:
         self._handshakes: dict[ServerHandshake, asyncio.Task[None]] = {}
         self._connections: set[Connection] = set()
         self._stopping = False
+        self._full = False  # somebody was refused since the last one was let in
 
     @property
     def endpoints(self) -> list[Endpoint]:
@@ -97,6 +100,7 @@ class Server:
         )
         for listener in self.listeners:
             self._accept_from(listener)
+        self._look_for_stalled()
 
     async def serve_until(self, stop: asyncio.Event) -> None:
         """Serve, tell systemd about it, and shut down once `stop` is set."""
@@ -132,22 +136,57 @@ class Server:
                     self._log.debug("a client was lost", error=error.strerror)
                     return
                 self._log.warning("cannot accept a client", error=error.strerror)
+                self._make_room()
                 self._loop.remove_reader(listener.sock.fileno())
                 self._loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listener)
                 return
-            if len(self._clients) >= self._limits.connections:
-                self._log.warning(
-                    "too many clients, one is refused", limit=self._limits.connections
-                )
+            if len(self._clients) >= self._limits.connections and (
+                not self._make_room()
+            ):
+                if not self._full:
+                    self._full = True  # once: whoever knocks could fill the log
+                    self._log.warning(
+                        "too many clients, one is refused",
+                        limit=self._limits.connections,
+                    )
                 sock.close()
                 continue
-            handshake = ServerHandshake()
+            self._full = False
+            handshake = ServerHandshake(
+                limits=HandshakeLimits(options=self._limits.options)
+            )
             client = self._loop.create_task(
                 self._serve_client(sock, address, handshake)
             )
             self._handshakes[handshake] = client
             self._clients.add(client)
             client.add_done_callback(self._clients.discard)
+
+    def _make_room(self) -> bool:
+        """Let go of the client that has been in its handshake for longest.
+
+        Most handshakes take milliseconds. So whoever holds connections open without a
+        word can't keep anybody out.
+
+        Returns:
+            Whether there was one.
+        """
+        if not self._handshakes:
+            return False
+        oldest = next(iter(self._handshakes))
+        self._handshakes.pop(oldest).cancel()
+        return True
+
+    def _look_for_stalled(self) -> None:
+        """End connections that hold memory and do nothing with it, now and then."""
+        if self._stopping:
+            return
+        for connection in list(self._connections):
+            connection.end_if_stalled()
+        self._loop.call_later(
+            min(_MOST_BETWEEN_LOOKS_S, self._limits.stall_timeout_s / 4),
+            self._look_for_stalled,
+        )
 
     async def _serve_client(
         self, sock: socket.socket, address: Any, handshake: ServerHandshake
@@ -159,7 +198,11 @@ class Server:
                 _tune(sock)
                 async with asyncio.timeout(self._limits.handshake_timeout_s):
                     outcome = await negotiate(
-                        self._loop, sock, handshake, self.registry
+                        self._loop,
+                        sock,
+                        handshake,
+                        self.registry,
+                        self._limits.connections_per_export,
                     )
             except TimeoutError:
                 log.info("handshake took too long")
@@ -172,7 +215,7 @@ class Server:
                 log.debug("handshake abandoned", reason=error.strerror)
                 return
             finally:
-                del self._handshakes[handshake]
+                self._handshakes.pop(handshake, None)
             if isinstance(outcome, Chosen):
                 await self._transmit(sock, outcome, log)
             else:
@@ -192,12 +235,14 @@ class Server:
         )
         log.info("connection opened")
         self._connections.add(connection)
+        chosen.export.clients += 1
         try:
             connection.start(chosen.leftover)
             if self._stopping:
                 connection.shut_down()
             reason = await connection.closed
         finally:
+            chosen.export.clients -= 1
             self._connections.discard(connection)
         counters = connection.session.counters
         tell = log.info if connection.blame is None else log.warning
