@@ -13,12 +13,12 @@ event loop.
 """
 
 import os
-import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.check_result import CheckResult
+from nbdserve.formats.mapped.tables import encode_words
 from nbdserve.formats.qcow2.check import compare_refcounts, read_header
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts, encode_block
 from nbdserve.formats.qcow2.header import (
@@ -245,7 +245,6 @@ def _fix_table(
             words[index] = word ^ COPIED
             fixed += 1
     if fixed:
-        if sys.byteorder == "little":
-            words.byteswap()
-        write_all(walk.file.fd, words.tobytes(), host_offset)
+        # the caller goes on with the words
+        write_all(walk.file.fd, encode_words(words), host_offset)
     return fixed

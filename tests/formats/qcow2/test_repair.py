@@ -92,6 +92,15 @@ def no_copied(data: bytearray) -> None:
     put64(data, at, u64(data, at) & ~COPIED)
 
 
+def no_copied_anywhere(data: bytearray) -> None:
+    """Clear COPIED in both levels, as a snapshot does before it counts."""
+    l1 = u64(data, 40)
+    put64(data, l1, u64(data, l1) & ~COPIED)
+    for offset in range(0, SIZE, CLUSTER):
+        at = l2_entry_of(data, offset)
+        put64(data, at, u64(data, at) & ~COPIED)
+
+
 def no_block(data: bytearray) -> None:
     """Empty the refcount table."""
     put64(data, u64(data, HEADER_REFCOUNT_TABLE), 0)
@@ -127,6 +136,7 @@ HARMLESS = [
     too_low,
     too_high,
     no_copied,
+    no_copied_anywhere,
     no_block,
     crooked_block,
     block_is_table,
