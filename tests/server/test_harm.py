@@ -1,0 +1,273 @@
+"""Clients that mean harm: memory stays bounded, the others are answered."""
+
+import asyncio
+import resource
+import socket
+from collections.abc import MutableMapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from nbdserve.errors import ConfigError
+from nbdserve.server.limits import Limits, changed
+from nbdserve.wire.client_handshake import OptionRefused, contexts_data
+from nbdserve.wire.constants import REQUEST_MAGIC, Command, Option
+from nbdserve.wire.requests import REQUEST
+from tests.helpers.nbd_client import NbdClient
+from tests.server.conftest import MIB, Running, until
+from tests.server.memory_disk import MemoryDisk
+
+Logs = list[MutableMapping[str, Any]]
+#: What the kernel keeps for a Unix socket whose peer does not read, and some more.
+SLACK = 2 * MIB
+
+
+def resident() -> int:
+    """Return the bytes of memory that this process has."""
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+def read_request(length: int) -> bytes:
+    return REQUEST.pack(REQUEST_MAGIC, 0, Command.READ, 1, 0, length)
+
+
+def write_request(length: int) -> bytes:
+    return REQUEST.pack(REQUEST_MAGIC, 0, Command.WRITE, 1, 0, length)
+
+
+async def silent(running: Running) -> NbdClient:
+    """A client that has chosen the export, and reads no replies any more."""
+    client = await running.client()
+    assert client._receiver is not None
+    client._receiver.cancel()
+    await asyncio.gather(client._receiver, return_exceptions=True)
+    return client
+
+
+async def trickle(client: NbdClient) -> None:
+    """Send some bytes now and then, for five seconds."""
+    for _ in range(100):
+        await client._send_raw(bytes(100))
+        await asyncio.sleep(0.05)
+
+
+async def others_are_answered(running: Running) -> None:
+    async with asyncio.timeout(10):
+        client = await running.client()
+        data = bytes(range(256)) * 16
+        for offset in range(0, 65536, 4096):
+            await client.write(offset, data)
+            assert await client.read(offset, 4096) == data
+        await client.close()
+
+
+class Zeros(MemoryDisk):
+    """As large as it says, without the memory."""
+
+    async def read_into(self, offset: int, buffer: memoryview) -> tuple[()]:
+        if len(buffer) <= MIB:
+            buffer[:] = self.data[offset : offset + len(buffer)]
+        else:
+            # every page, so that it is resident as it is with real data
+            zeros = bytes(MIB)
+            for start in range(0, len(buffer), MIB):
+                piece = buffer[start : start + MIB]
+                piece[:] = zeros[: len(piece)]
+        return ()
+
+
+@pytest.fixture
+def disk() -> MemoryDisk:
+    disk = Zeros(MIB)
+    disk.size = 1 << 40
+    return disk
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(linger_s=0.1, total_bytes_in_flight=128 * MIB, idle_buffer_bytes=0)],
+)
+async def test_reads_of_64_mib_whose_replies_nobody_reads(running: Running) -> None:
+    before = resident()
+    for _ in range(40):  # 40 * 3 * 64 MiB are asked for
+        client = await silent(running)
+        await client._send_raw(read_request(64 * MIB) * 3)
+    await others_are_answered(running)
+    grown = resident() - before
+    print(f"120 unread reads of 64 MiB: {grown / MIB:.0f} MiB more")  # noqa: T201
+    assert running.server._shared.budget.used <= 192 * MIB
+    assert grown < 192 * MIB + 40 * SLACK
+    await others_are_answered(running)
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(linger_s=0.1, total_bytes_in_flight=128 * MIB, idle_buffer_bytes=0)],
+)
+async def test_payloads_of_64_mib_that_never_end(running: Running) -> None:
+    before = resident()
+    sends = []
+    most = memoryview(bytes(63 * MIB))
+    for _ in range(40):
+        client = await silent(running)
+        await client._send_raw(write_request(64 * MIB))
+        loop = asyncio.get_running_loop()
+        sends.append(asyncio.create_task(loop.sock_sendall(client.sock, most)))
+    await asyncio.wait(sends, timeout=1)
+    await others_are_answered(running)
+    grown = resident() - before - len(most)
+    for send in sends:
+        send.cancel()
+    await asyncio.gather(*sends, return_exceptions=True)
+    print(f"40 payloads of 64 MiB that never end: {grown / MIB:.0f} MiB more")  # noqa: T201
+    assert running.server._shared.budget.used <= 192 * MIB
+    assert grown < 192 * MIB + 40 * SLACK
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, stall_timeout_s=0.2)])
+@pytest.mark.parametrize("request_bytes", [
+    pytest.param(write_request(MIB) + bytes(100_000), id="payload"),
+    pytest.param(read_request(8 * MIB), id="reply"),
+])  # fmt: skip
+async def test_a_stalled_client_gives_its_memory_back(
+    running: Running, logs: Logs, request_bytes: bytes
+) -> None:
+    idle = await running.client()
+    stalled = await silent(running)
+    await stalled._send_raw(request_bytes)
+    await until(lambda: running.server.connections == 1)
+    assert running.server._shared.budget.used == 0
+    (closed,) = [log for log in logs if log["event"] == "connection closed"]
+    assert closed["reason"].startswith("no progress for")
+    assert closed["log_level"] == "warning"
+    assert len(await idle.read(0, 10)) == 10  # who holds nothing may be silent
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, stall_timeout_s=0.3)])
+async def test_a_slow_client_that_moves_is_left_alone(running: Running) -> None:
+    client = await running.client()
+    cookie = client.transmission.write(0, b"y" * 200_000)
+    reply = client.reply_to(cookie)
+    stream = client.transmission.data_to_send()
+    for start in range(0, len(stream), 20_000):
+        await client._send_raw(stream[start : start + 20_000])
+        await asyncio.sleep(0.1)
+    assert (await reply).error == 0
+
+
+@pytest.mark.parametrize(
+    "limits",
+    [Limits(linger_s=0.1, stall_timeout_s=0.3, total_bytes_in_flight=MIB)],
+)
+async def test_a_trickle_is_not_enough_while_memory_is_short(
+    running: Running,
+) -> None:
+    client = await silent(running)
+    await client._send_raw(write_request(64 * MIB) + bytes(40_000))
+    await until(lambda: running.server._shared.budget.used >= 64 * MIB)
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        await trickle(client)
+    await until(lambda: running.server._shared.budget.used == 0)
+    await others_are_answered(running)
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, handshake_timeout_s=0.3)])
+async def test_a_slow_handshake_has_a_deadline(running: Running) -> None:
+    clients = [await running.connect() for _ in range(3)]
+    await clients[1]._send_raw(b"\0\0\0\3IHAVEOPT")
+    await until(lambda: running.server.connections == 0)
+    await others_are_answered(running)
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, connections=400)])
+async def test_thousands_of_half_open_connections(running: Running) -> None:
+    client = await running.client()
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    sockets: list[socket.socket] = []
+    before = resident()
+    try:
+        for number in range(min(3000, hard - 1000)):
+            sock = socket.socket(socket.AF_UNIX)
+            sock.setblocking(False)
+            await asyncio.get_running_loop().sock_connect(sock, str(running.path))
+            sockets.append(sock)
+            if number % 500 == 0:
+                assert len(await client.read(0, 4096)) == 4096
+        await until(lambda: running.server.connections <= 400)
+        await others_are_answered(running)
+        assert len(await client.read(0, 4096)) == 4096
+        grown = resident() - before
+        print(f"{len(sockets)} half-open connections: {grown / MIB:.0f} MiB more")  # noqa: T201
+        assert grown < 64 * MIB
+    finally:
+        for sock in sockets:
+            sock.close()
+        await until(lambda: running.server.connections <= 2)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, connections_per_export=2)])
+async def test_an_export_has_room_for_so_many(running: Running) -> None:
+    first = await running.client()
+    await running.client()
+    third = await running.connect()
+    assert (await third.info("disk")).size == 1 << 40
+    with pytest.raises(OptionRefused, match=r"ERR_POLICY.*2 clients"):
+        await third.go("disk")
+    await first.disconnect()
+    await until(lambda: running.server.connections == 2)
+    await third.go("disk")
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, connections=2)])
+async def test_a_full_server_refuses_and_says_so_once(
+    running: Running, logs: Logs
+) -> None:
+    for _ in range(2):
+        await running.client()
+    for _ in range(5):
+        late = await running.connect()
+        with pytest.raises((ConnectionResetError, BrokenPipeError)):
+            await late.list_exports()
+    told = [log for log in logs if log["event"].startswith("too many clients")]
+    assert len(told) == 1
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, options=5)])
+async def test_options_are_counted(running: Running) -> None:
+    client = await running.connect()
+    for _ in range(5):
+        await client.list_exports()
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        await client.list_exports()
+
+
+async def test_the_largest_option_stops_nobody(running: Running) -> None:
+    client = await running.connect()
+    await client.option(Option.STRUCTURED_REPLY)
+    data = contexts_data("disk", ["base:allocation", *["x:"] * 20_000])
+    outcome = await client.option(Option.SET_META_CONTEXT, data)
+    assert [context.name for context in outcome.contexts] == ["base:allocation"]
+    with pytest.raises(OptionRefused, match="TOO_BIG"):
+        await client.option(Option.LIST_META_CONTEXT, data * 2)
+
+
+def test_limits_are_set_by_name() -> None:
+    limits = changed(
+        Limits(), [("connections", "7"), ("stall-timeout-s", "2.5"), ("turn-bytes", "2M")]
+    )  # fmt: skip
+    assert (limits.connections, limits.stall_timeout_s) == (7, 2.5)
+    assert limits.turn_bytes == 2 * MIB
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("connection", "7"), ("connections", "0"), ("connections", "x"),
+     ("linger-s", "-1"), ("linger-s", "inf"), ("linger-s", ""), ("turn_s", "1")],
+)  # fmt: skip
+def test_limits_that_make_no_sense(name: str, value: str) -> None:
+    with pytest.raises(ConfigError):
+        changed(Limits(), [(name, value)])
