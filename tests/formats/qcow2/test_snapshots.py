@@ -10,6 +10,7 @@ import pytest
 
 from nbdserve.errors import ConfigError, ImageCorruptError, ImageError, RequestError
 from nbdserve.formats.check import check_image
+from nbdserve.formats.mapped.redo import RedoLog
 from nbdserve.formats.open import open_image
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.storage.faults import NO_FAULT, Fault
@@ -209,39 +210,74 @@ async def test_a_snapshot_opened_read_only(tmp_path: Path) -> None:
         await open_image(base, read_only=True, snapshot="one")
 
 
-async def test_writers_go_on_around_a_snapshot(tmp_path: Path) -> None:
-    """Requests under way while a snapshot is taken lose nothing, and it has whole requests."""
+LANE = 64 * KIB
+SLOTS = LANE // (4 * KIB)
+
+
+def latest(content: bytes, lane: int) -> int:
+    """Return the number of the last write of a lane, all of whose writes must be there."""
+    slots = [
+        int.from_bytes(content[at : at + 4], "big")
+        for at in range(lane * LANE, (lane + 1) * LANE, 4 * KIB)
+    ]
+    last = max(slots)
+    for number in range(max(last - SLOTS + 1, 1), last + 1):
+        assert slots[number % SLOTS] == number, "a write that came before is missing"
+    return last
+
+
+@pytest.mark.parametrize("redo", [False, True])
+async def test_writers_go_on_around_a_snapshot(tmp_path: Path, redo: bool) -> None:
+    """A snapshot has all that was answered before, and nothing without what preceded it."""
     path = make(tmp_path, SIZE, options="cluster_size=4k")
     disk = await open_bytes(tmp_path, path.read_bytes(), suspending=True)
     image = of_disk(disk)
+    if redo:
+        image.use_redo(RedoLog(tmp_path / "redo"))
     stop = False
-    written: list[int] = []
+    answered = [0] * 5
 
     async def write(lane: int) -> None:
         number = 0
         while not stop:
             number += 1
-            offset = lane * 64 * KIB + number % 16 * 4 * KIB
-            await disk.write(offset, bytes([lane, number % 251]) * 2048)
-            written.append(lane)
+            offset = lane * LANE + number % SLOTS * 4 * KIB
+            await disk.write(
+                offset, number.to_bytes(4, "big") * (KIB if lane % 2 else 2)
+            )
+            answered[lane] = number
 
+    async def discard() -> None:
+        while not stop:
+            await image.trim(MIB, 256 * KIB)
+            await disk.write(MIB + 3000, b"between" * 1000)
+            await image.write_zeroes(MIB, 100 * KIB)
+            disk.model[MIB : MIB + 256 * KIB] = bytes(256 * KIB)
+            await image.trim(MIB, 256 * KIB)
+
+    before: dict[str, list[int]] = {}
     async with asyncio.TaskGroup() as group:
-        for lane in range(1, 5):
+        for lane in range(5):
             group.create_task(write(lane))
-        for each in range(4):
+        group.create_task(discard())
+        for each in range(6):
             await asyncio.sleep(0.01)
+            before[f"s{each}"] = answered[:]
             await image.create_snapshot(f"s{each}")
-        await image.delete_snapshot("s1")
-        before = len(written)
-        await asyncio.sleep(0.02)
+            if each == 3:
+                await image.delete_snapshot("s1")
+        await disk.write(SIZE - 4, b"last")
         stop = True
-    assert len(written) > before
     await disk.assert_content()
     assert image.longest_pause_s > 0
     await disk.close_and_check()
     saved = disk.saved()
-    for name in ("s0", "s2", "s3"):
-        run("qemu-img", "convert", "-l", name, "-O", "raw", saved, tmp_path / "out")
+    for name in ("s0", "s2", "s3", "s4", "s5"):
+        out = tmp_path / "out"
+        run("qemu-img", "convert", "-l", name, "-O", "raw", saved, out)
+        content = out.read_bytes()
+        for lane in range(5):
+            assert latest(content, lane) >= before[name][lane]
 
 
 async def test_names(tmp_path: Path) -> None:
