@@ -7,7 +7,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.storage.names import shown
 
 if TYPE_CHECKING:
@@ -59,7 +59,6 @@ def link_leftovers(path: str) -> None:
 
     Raises:
         ImageError: It did, and the image can't be opened to do so.
-        ConfigError: The same.
     """
     from nbdserve.app import default_state_dir
     from nbdserve.formats.mapped.redo import redo_path
@@ -77,4 +76,10 @@ def link_leftovers(path: str) -> None:
         async with opened_to_change(path):
             pass
 
-    asyncio.run(open_and_close())
+    try:
+        asyncio.run(open_and_close())
+    except (ConfigError, ImageError) as error:
+        raise ImageError(
+            f"a killed server left acknowledged writes that can't be linked: {error};"
+            " --force goes on without them"
+        ) from error

@@ -6,8 +6,11 @@ from pathlib import Path
 import pytest
 
 from nbdserve.cli.main import main
+from nbdserve.formats.mapped.redo import RedoLog, redo_path
 from tests.cli.servers import serving
 from tests.helpers.engine import (
+    COPIED,
+    HEADER_INCOMPATIBLE,
     HEADER_REFCOUNT_TABLE,
     convert,
     l2_entry_of,
@@ -239,3 +242,46 @@ def test_amend(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert content(path) == b"x" * 512 * 40
     assert image("amend", path) == 1
     assert "nothing to amend" in capsys.readouterr().err
+
+
+def test_repair_links_what_a_killed_server_left(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    path = convert(tmp_path, b"x" * 100_000, options="cluster_size=4k")
+    # it looks like a leak, and is an acknowledged write
+    data = bytearray(path.read_bytes())
+    place = len(data)
+    block = u64(data, u64(data, HEADER_REFCOUNT_TABLE))
+    data[block + place // 4096 * 2 + 1] = 1
+    path.write_bytes(data + b"new!" * 1024)
+    status = path.stat()
+    log = RedoLog(redo_path(tmp_path, status.st_dev, status.st_ino))
+    old = u64(data, l2_entry_of(data, 0))
+    log.link(0, old, COPIED | place)
+    log.close(remove=False)
+    assert image("check", path, "--repair", "leaks") == 0
+    assert "linked 1 acknowledged writes" in capsys.readouterr().err
+    run("qemu-img", "check", path)
+    assert content(path)[:4100] == b"new!" * 1024 + b"xxxx"
+
+
+def test_repair_keeps_what_it_can_not_link(
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("RUNTIME_DIRECTORY", str(tmp_path))
+    path = damaged(tmp_path)
+    data = bytearray(path.read_bytes())
+    data[HEADER_INCOMPATIBLE + 7] = 2
+    path.write_bytes(data)
+    status = path.stat()
+    log = RedoLog(redo_path(tmp_path, status.st_dev, status.st_ino))
+    log.close(remove=False)
+    assert image("check", path, "--repair", "all") == 1
+    assert "--force goes on without them" in capsys.readouterr().err
+    assert image("check", path, "--repair", "all", "--force") == 0
+    run("qemu-img", "check", path)
