@@ -38,6 +38,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="of SRC: raw, qcow or qcow2 (default: what its header says, else raw)",
     )
     parser.add_argument(
+        "--snapshot",
+        metavar="NAME",
+        help="copy the disk of an internal snapshot of SRC, by name or id",
+    )
+    parser.add_argument(
         "--format",
         metavar="qcow2|qcow|raw",
         type=one_of(*_FORMATS),
@@ -139,6 +144,7 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
         arguments.source,
         image_format=arguments.from_format,
         allow_backing=arguments.allow_backing,
+        snapshot=arguments.snapshot,
     )
     try:
         if in_place:

@@ -3,6 +3,7 @@
 import os
 import re
 import stat
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +24,11 @@ def is_uri(text: str) -> bool:
 
 
 async def open_source(
-    text: str, *, image_format: str | None, allow_backing: Sequence[str] = ()
+    text: str,
+    *,
+    image_format: str | None,
+    allow_backing: Sequence[str] = (),
+    snapshot: str | None = None,
 ) -> "BlockDevice":
     """Open what is read; the caller closes it.
 
@@ -31,6 +36,7 @@ async def open_source(
         text: A path or an NBD URI.
         image_format: None tells it from the content.
         allow_backing: Folders in which backing files may lie.
+        snapshot: Of an internal one whose disk is meant, its name or id.
 
     Raises:
         ConfigError: It can't be opened, or the server is not there.
@@ -39,15 +45,55 @@ async def open_source(
     if not is_uri(text):
         from nbdserve.formats.open import open_image
 
+        await _link_what_was_acknowledged(text, image_format, allow_backing)
         return await open_image(
             text,
             format=image_format or "auto",
             read_only=True,
             allow_backing=allow_backing,
+            snapshot=snapshot,
         )
     if image_format not in (None, "raw"):
         raise ConfigError(f"{text}: what a server exports is raw, not {image_format}")
+    if snapshot is not None:
+        raise ConfigError(f"{text}: an export has no snapshots to choose from")
     return await connect_to(text, read_only=True)
+
+
+async def _link_what_was_acknowledged(
+    path: str, image_format: str | None, allow_backing: Sequence[str]
+) -> None:
+    """Link what a killed server had answered, so that it is read and not left out.
+
+    Raises:
+        ConfigError: It can't be opened for writing.
+        ImageError: It is broken or in use.
+    """
+    from nbdserve.formats.open import open_image
+
+    state_dir = engine_options().state_dir
+    if state_dir is None or image_format == "raw" or not _has_log(path, state_dir):
+        return
+    async with open_image(
+        path,
+        format=image_format or "auto",
+        allow_backing=allow_backing,
+        state_dir=state_dir,
+    ) as image:
+        for note in image.notes:
+            print(f"nbdserve: {note}", file=sys.stderr)
+
+
+def _has_log(path: str, state_dir: Path) -> bool:
+    """Return whether a server left a redo log of an image, or still keeps it."""
+    from nbdserve.formats.mapped.redo import redo_path
+
+    try:
+        status = os.stat(path)
+    except OSError:
+        # opening it will say what is wrong, in better words
+        return False
+    return redo_path(state_dir, status.st_dev, status.st_ino).exists()
 
 
 async def connect_to(text: str, *, read_only: bool) -> "RemoteDisk":

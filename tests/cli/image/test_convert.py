@@ -289,6 +289,38 @@ def test_to_and_from_an_export(
     assert found[end:] == expected[end:]
 
 
+def test_what_a_killed_server_had_answered_is_copied_too(
+    disk: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
+    top, copy = tmp_path / "top.qcow2", tmp_path / "copy.raw"
+    words = ["-f", "qcow2", "-b", disk.name, "-F", "raw"]
+    run("qemu-img", "create", "-q", *words, top)
+    with serving("top.qcow2", "--unix", "s", cwd=tmp_path) as server:
+        # it has to copy from the backing file, so it is not linked at once
+        command = ["-c", "write -P 0x77 1M 512", "-c", f"sigraise {signal.SIGKILL}"]
+        uri = server.uris[0]
+        run("qemu-io", "-t", "writeback", "-f", "raw", *command, uri, expect=[-9])
+        server.end(signal.SIGKILL)
+    assert list(tmp_path.glob("*.redo"))
+    words = ["image", "convert", str(top), str(copy), "--format", "raw"]
+    assert main(words) == 0
+    expected = bytearray(disk.read_bytes())
+    expected[MIB : MIB + 512] = b"\x77" * 512
+    assert copy.read_bytes() == expected
+
+
+def test_a_snapshot_is_copied(disk: Path, tmp_path: Path) -> None:
+    image, copy = tmp_path / "disk.qcow2", tmp_path / "copy.qcow2"
+    run("qemu-img", "convert", "-O", "qcow2", disk, image)
+    run("qemu-img", "snapshot", "-c", "before", image)
+    run("qemu-io", "-c", "write -P 1 0 3M", image)
+    words = ["image", "convert", str(image), str(copy), "--snapshot", "before"]
+    assert main(words) == 0
+    same(disk, copy)
+
+
 def test_an_export_that_is_too_small_stays_as_it_is(
     disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
