@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from nbdserve.formats.qcow2.refcounts import Block
+from nbdserve.formats.qcow2.refcount_block import Block
 from tests.helpers.engine import HEADER_REFCOUNT_TABLE, make, open_bytes, u32, u64
 
 MIB = 1 << 20
