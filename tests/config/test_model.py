@@ -95,3 +95,12 @@ def test_strings_and_sockets_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ConfigError, match="too long for a Unix socket"):
         ServeConfig((image,), unix=("/tmp/" + "x" * 103,))
     assert ServeConfig((image,), unix=("/tmp/" + "x" * 102,)).unix
+
+
+def test_bitmaps_have_names_of_their_own() -> None:
+    images = (ImageConfig("disk", "disk.qcow2"),)
+    config = ServeConfig(images, bitmaps=("a", "b"), allocation_depth=True)
+    assert config.bitmaps == ("a", "b")
+    for names in [("",), ("a", "a"), ("x" * 4096,), ("nul\0",)]:
+        with pytest.raises(ConfigError, match="bitmap"):
+            ServeConfig(images, bitmaps=names)
