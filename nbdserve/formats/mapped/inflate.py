@@ -1,7 +1,6 @@
 """Compressed clusters: read, decompressed once for everyone who waits, kept for a while."""
 
 import sys
-import zlib
 from collections import OrderedDict
 from collections.abc import Callable
 from typing import Final
@@ -11,16 +10,29 @@ from nbdserve.formats.mapped.parts import Parts
 from nbdserve.formats.mapped.waits import Turnstile
 from nbdserve.storage.executor import run
 
+try:
+    # Measured: 50 instead of 120 us for 64 KiB of text, 260 instead of 530 of base64.
+    from isal import isal_zlib as deflate
+except ImportError:
+    # no wheel for this processor
+    import zlib as deflate  # type: ignore[no-redef]
+
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdDecompressor, ZstdError
 else:
     from backports.zstd import ZstdDecompressor, ZstdError
+
+# isal's type stub says that this is an instance
+_DeflateError: Final[type[Exception]] = deflate.error  # type: ignore[assignment]
 
 #: Bytes in, exact size of the cluster; raises ValueError if that is not what comes out.
 Decompress = Callable[[bytes | bytearray | memoryview, int], bytes]
 
 #: Bytes of decompressed clusters kept: neighbours of a small read are usually next.
 _CACHE_BYTES: Final = 8 << 20
+#: Clusters up to this size are decompressed on the loop: that takes 50 to 250 us, and
+#: the way to a thread and back 100 (measured with both cores busy).
+_INLINE: Final = 64 << 10
 
 
 def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes:
@@ -29,8 +41,8 @@ def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes:
     Any window is accepted (-15): qemu writes -12.
     """
     try:
-        result = zlib.decompressobj(-15).decompress(data, size)
-    except zlib.error as error:
+        result = deflate.decompressobj(-15).decompress(data, size)
+    except _DeflateError as error:
         raise ValueError(str(error)) from error
     if len(result) != size:
         raise ValueError(f"{len(result)} bytes came out, not {size}")
@@ -120,6 +132,8 @@ class Inflater:
         try:
             if not self._storage.try_read(host_offset, view):
                 await self._storage.read(host_offset, view)
+            if self._cluster_size <= _INLINE:
+                return self._decompress(data, self._cluster_size)
             return await run(self._decompress, data, self._cluster_size)
         except ValueError as error:
             raise ImageCorruptError(

@@ -113,7 +113,11 @@ class Counter:
         return self._real(data, size)
 
 
-async def test_one_inflate_per_cluster_whoever_waits(compressed: Disk) -> None:
+@pytest.mark.parametrize("inline", [0, 2 << 20])
+async def test_one_inflate_per_cluster_whoever_waits(
+    compressed: Disk, inline: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_INLINE", inline)
     counter = Counter(compressed)
     reads = await asyncio.gather(
         *(compressed.image.read(number * 64, 64) for number in range(40))
@@ -122,7 +126,8 @@ async def test_one_inflate_per_cluster_whoever_waits(compressed: Disk) -> None:
     assert counter.calls == 1
     await compressed.image.read(100, 10)
     assert counter.calls == 1, "kept for the neighbours"
-    assert counter.threads.isdisjoint({threading.get_ident()}), "not on the loop"
+    on_loop = threading.get_ident() in counter.threads
+    assert on_loop == bool(inline), "large clusters are for a thread"
     await compressed.image.close()
 
 
