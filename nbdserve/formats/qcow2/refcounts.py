@@ -270,7 +270,7 @@ class RefcountedPool(Pool):
 
     async def _reserve(self, runs: list[tuple[int, int]]) -> None:
         """See `Pool`."""
-        changed: list[tuple[int, Block, int]] = []
+        changed: list[tuple[int, Block, int, int]] = []
         numbers: dict[int, None] = {}
         try:
             for start, count in runs:
@@ -278,26 +278,32 @@ class RefcountedPool(Pool):
                 for number, first, length in self._split(start, count):
                     block = await self._existing(number)
                     numbers[number] = None
-                    for index in range(first, first + length):
-                        self._require_free(number, index, block)
-                        block.set(index, 1)
-                        changed.append((number, block, index))
+                    self._require_free(number, first, length, block)
+                    block.put_counts(first, [1] * length)
+                    changed.append((number, block, first, length))
                 # written run by run: the next one may push these blocks out
                 await self._write_blocks(list(numbers))
                 numbers.clear()
         except BaseException:
-            for number, block, index in changed:
-                self._blocks.setdefault(number, block).set(index, 0)
+            for number, block, first, length in changed:
+                kept = self._blocks.setdefault(number, block)
+                kept.put_counts(first, [0] * length)
             raise
 
-    def _require_free(self, number: int, index: int, block: Block) -> None:
-        cluster = (number << self._block_bits) + index
-        if cluster in self.metadata or cluster in self.tables or block.get(index):
-            raise ImageCorruptError(
-                f"{self._storage.name}: the cluster at "
-                f"{cluster << self._cluster_bits:#x} is in use although its refcount "
-                "says it is free; run 'nbdserve image check' on it"
-            )
+    def _require_free(self, number: int, first: int, length: int, block: Block) -> None:
+        start = (number << self._block_bits) + first
+        clusters = range(start, start + length)
+        if (
+            self.metadata.isdisjoint(clusters)
+            and self.tables.isdisjoint(clusters)
+            and not any(block.counts(first, length))
+        ):
+            return
+        raise ImageCorruptError(
+            f"{self._storage.name}: one of the {length} clusters at "
+            f"{start << self._cluster_bits:#x} is in use although its refcount says it "
+            "is free; run 'nbdserve image check' on it"
+        )
 
     async def _make_blocks(self, start: int, count: int) -> None:
         """Make sure that a refcount block exists for each cluster of a run."""
@@ -336,17 +342,19 @@ class RefcountedPool(Pool):
     def _place(
         self, missing: list[int], table: "array[int]", fresh: dict[int, int]
     ) -> None:
-        """Choose clusters at the end of the file for new blocks, and for the blocks of those."""
-        missing = list(missing)
-        while missing:
-            number = missing.pop()
-            if number in fresh:
-                continue
-            fresh[number] = self._end
+        """Choose clusters at the end of the file for new blocks, and for the blocks of those.
+
+        Each is counted by itself, or by a block that is chosen earlier or exists.
+        """
+        left = dict.fromkeys(missing)
+        while left:
             own = self._end >> self._block_bits
-            self._end += 1
-            if own not in fresh and (own >= len(table) or not table[own]):
-                missing.append(own)
+            if own in fresh or (own < len(table) and table[own]):
+                own = next(iter(left))
+            left.pop(own, None)
+            if own not in fresh:
+                fresh[own] = self._end
+                self._end += 1
 
     def _table_clusters(self, entries: int) -> int:
         """Return the clusters of a table with room for `entries`, and for more later."""
@@ -388,25 +396,21 @@ class RefcountedPool(Pool):
         return blocks
 
     async def _enter(self, blocks: dict[int, Block]) -> None:
-        """Enter durable new blocks into the refcount table.
+        """Enter durable new blocks into the refcount table, in the order of `_place`.
 
         A block is entered only after the one that counts it: a cut in between would leave it
         without a reference, for others to take.
         """
-        left = dict(blocks)
-        while left:
-            ready = [
-                number
-                for number, block in left.items()
-                if self._counted_in(block) == number
-                or self._counted_in(block) not in left
-            ]
-            for number in ready:
-                await self._storage.write(
-                    self._table_offset + 8 * number,
-                    _WORD.pack(left.pop(number).host_offset),
-                )
-            await self._barrier()
+        waiting: set[int] = set()
+        for number, block in blocks.items():
+            if self._counted_in(block) in waiting:
+                await self._barrier()
+                waiting.clear()
+            await self._storage.write(
+                self._table_offset + 8 * number, _WORD.pack(block.host_offset)
+            )
+            waiting.add(number)
+        await self._barrier()
         self._adopt(blocks)
 
     def _counted_in(self, block: Block) -> int:
@@ -450,19 +454,18 @@ class RefcountedPool(Pool):
         free: list[tuple[int, int]] = []
         touched: dict[int, None] = {}
         counted = 0
-        for start, count in runs:
-            for number, first, length in self._split(start, count):
+        for start, clusters in runs:
+            for number, first, length in self._split(start, clusters):
                 block = await self._block(number)
                 if block is None:
                     continue
                 touched[number] = None
                 base = number << self._block_bits
-                for index in range(first, first + length):
-                    references = block.get(index)
-                    # a count of 0 was wrong already: leave it to the check
-                    if references:
-                        block.set(index, references - 1)
-                    if references == 1:
+                counts = block.counts(first, length)
+                # a count of 0 was wrong already: leave it to the check
+                block.put_counts(first, [max(count - 1, 0) for count in counts])
+                for index, count in enumerate(counts, first):
+                    if count == 1:
                         _append(free, base + index)
                 counted += length
                 if counted > _TURN:
