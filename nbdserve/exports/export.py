@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.layers.dirty import DirtyTracking
+from nbdserve.exports.access import OPEN
 from nbdserve.exports.contexts import Describe, contexts_of
 from nbdserve.wire.constants import (
     MAX_PAYLOAD,
@@ -26,7 +27,12 @@ class Export:
         description: For people; may be empty.
         contexts: The meta contexts that clients can select, by name.
         clients: How many have chosen it; the server counts.
+        policy: Who may use it, and how.
+        retired: Whether it is no longer offered, and its disk about to be closed.
     """
+
+    policy = OPEN
+    retired = False
 
     def __init__(
         self,
@@ -49,8 +55,8 @@ class Export:
         )
         self.clients = 0
 
-    def transmission_flags(self) -> TransmissionFlag:
-        """Return what the disk can do ("Transmission flags" of doc/proto.md).
+    def transmission_flags(self, *, read_only: bool = False) -> TransmissionFlag:
+        """Return what a client can do ("Transmission flags" of doc/proto.md).
 
         Each flag only where it is true. SEND_DF depends on the client, so that the
         handshake adds it.
@@ -65,7 +71,7 @@ class Export:
             | TransmissionFlag.CAN_MULTI_CONN
             | TransmissionFlag.SEND_CACHE
         )
-        if device.read_only:
+        if read_only or device.read_only:
             return flags | TransmissionFlag.READ_ONLY
         flags |= TransmissionFlag.SEND_WRITE_ZEROES
         if device.can_trim:
@@ -74,13 +80,13 @@ class Export:
             flags |= TransmissionFlag.SEND_FAST_ZERO
         return flags
 
-    def info(self) -> ExportInfo:
-        """Return what a client is told."""
+    def info(self, *, read_only: bool = False) -> ExportInfo:
+        """Return what a client is told that may perhaps only read."""
         preferred = min(self.device.preferred_block, _MAX_PREFERRED_BLOCK)
         return ExportInfo(
             name=self.name,
             size=self.device.size,
-            transmission_flags=int(self.transmission_flags()),
+            transmission_flags=int(self.transmission_flags(read_only=read_only)),
             description=self.description,
             minimum_block=1,
             preferred_block=max(preferred, MIN_PREFERRED_BLOCK),

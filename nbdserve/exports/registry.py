@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 
 from nbdserve.errors import ConfigError
+from nbdserve.exports.access import STRANGER, Access, Client
 from nbdserve.exports.export import Export
 
 
@@ -22,20 +23,39 @@ class Registry:
             raise ConfigError(f"there are two exports named {export.name!r}")
         self._exports[export.name] = export
 
-    def find(self, name: str) -> Export | None:
-        """Return the export that a client means, if there is one.
+    def remove(self, export: Export) -> None:
+        """Offer an export no longer; its clients and its disk are the caller's."""
+        del self._exports[export.name]
+        export.retired = True
+
+    def visible_to(self, client: Client) -> list[Export]:
+        """Return the exports that a client may use, in the order they were added."""
+        return [
+            export
+            for export in self._exports.values()
+            if export.policy.access_of(client) is not Access.NONE
+        ]
+
+    def find(self, name: str, client: Client = STRANGER) -> Export | None:
+        """Return the export that a client means, if there is one that it may use.
 
         Names match exactly. "" is "the default export" (doc/proto.md,
-        NBD_OPT_EXPORT_NAME): the one of that name, or else the only one.
+        NBD_OPT_EXPORT_NAME): the one of that name, or else the only one. Exports that
+        the client may not use don't exist for it in any respect.
         """
         export = self._exports.get(name)
-        if export is None and not name and len(self._exports) == 1:
-            (export,) = self._exports.values()
-        return export
+        if export is not None and export.policy.access_of(client) is not Access.NONE:
+            return export
+        visible = [] if name else self.visible_to(client)
+        return visible[0] if len(visible) == 1 else None
+
+    def get(self, name: str) -> Export | None:
+        """Return the export of exactly that name, whoever may use it."""
+        return self._exports.get(name)
 
     def __iter__(self) -> Iterator[Export]:
         """Go through the exports in the order in which they were added."""
-        return iter(self._exports.values())
+        return iter(list(self._exports.values()))
 
     def __len__(self) -> int:
         """Return how many exports there are."""

@@ -24,6 +24,7 @@ from nbdserve.server.buffers import Buffer
 from nbdserve.server.limits import Limits
 from nbdserve.server.outbox import Arena, Outbox
 from nbdserve.server.session import Session
+from nbdserve.server.tls import ByteStream, TlsSocket
 from nbdserve.wire.constants import (
     EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
@@ -114,7 +115,7 @@ class Connection:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        sock: socket.socket,
+        sock: ByteStream,
         export: Export,
         negotiated: Negotiated,
         shared: Shared,
@@ -526,6 +527,8 @@ class Connection:
                 payload.buffer,
             )
             self._drop_payload()
+            if isinstance(self._socket, TlsSocket) and self._socket.pending():
+                self._continue_soon()  # the rest of a record is in memory: no event
 
     def _drop_payload(self) -> None:
         if self._payload is not None:

@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
+from typing import Final
 
 from nbdserve.config.units import parse_size
 from nbdserve.errors import ConfigError
@@ -50,6 +51,10 @@ class Limits:
     close_timeout_s: float = 30.0
 
 
+#: The limits as operators write them; what ends in -s is in seconds.
+NAMES: Final = tuple(field.name.replace("_", "-") for field in fields(Limits))
+
+
 def changed(limits: Limits, settings: Iterable[tuple[str, str]]) -> Limits:
     """Return limits with some of them set by name.
 
@@ -61,7 +66,7 @@ def changed(limits: Limits, settings: Iterable[tuple[str, str]]) -> Limits:
     Raises:
         ConfigError: There is no such limit, or it can't have that value.
     """
-    kinds = {field.name.replace("_", "-"): field for field in fields(Limits)}
+    kinds = dict(zip(NAMES, fields(Limits), strict=True))
     values: dict[str, float] = {}
     for name, text in settings:
         field = kinds.get(name)

@@ -1,4 +1,4 @@
-"""Listening sockets: TCP, Unix, and those that systemd hands over."""
+"""Listening sockets: TCP, Unix, vsock, and those that systemd hands over."""
 
 import errno
 import os
@@ -31,7 +31,15 @@ class UnixEndpoint:
     path: str
 
 
-Endpoint = TcpEndpoint | UnixEndpoint
+@dataclass(frozen=True, slots=True)
+class VsockEndpoint:
+    """Where a vsock socket listens, for virtual machines of this host: vsock(7)."""
+
+    cid: int
+    port: int
+
+
+Endpoint = TcpEndpoint | UnixEndpoint | VsockEndpoint
 
 
 class Listener:
@@ -120,8 +128,37 @@ def _bind_tcp(family: int, address: tuple[object, ...]) -> Listener:
     return Listener(sock, TcpEndpoint(host, port))
 
 
-def listen_unix(path: str) -> Listener:
+def listen_vsock(cid: int | None, port: int) -> Listener:
+    """Listen for virtual machines of this host.
+
+    Args:
+        cid: Of this machine, to be reached by this one only; None for all.
+        port: The kernel knows no port 0.
+
+    Raises:
+        ConfigError: This kernel has no vsock, or the port is busy.
+    """
+    where = f"vsock port {port}"
+    try:
+        sock = socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM)
+    except OSError as error:
+        raise _cannot_listen(where, error) from error
+    try:
+        sock.bind((socket.VMADDR_CID_ANY if cid is None else cid, port))
+        sock.listen(_BACKLOG)
+        endpoint = VsockEndpoint(*sock.getsockname())
+    except OSError as error:
+        sock.close()
+        raise _cannot_listen(where, error) from error
+    return Listener(sock, endpoint)
+
+
+def listen_unix(path: str, mode: int | None = None) -> Listener:
     """Listen on a Unix socket; replace the file that a dead server left.
+
+    Args:
+        path: The file.
+        mode: Its permissions, which say who may connect; None leaves it to the umask.
 
     Raises:
         ConfigError: Another server listens there, the file is something else, or
@@ -137,6 +174,8 @@ def listen_unix(path: str) -> Listener:
             _remove_stale(path)
             sock.bind(path)
         identity = _identity(path)
+        if mode is not None:
+            os.chmod(path, mode)  # nobody can connect before listen()
         sock.listen(_BACKLOG)
     except OSError as error:
         sock.close()
@@ -201,6 +240,8 @@ def _activated(fd: int) -> Listener:
     address = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         return Listener(sock, UnixEndpoint(os.fsdecode(address)))
+    if sock.family == socket.AF_VSOCK:
+        return Listener(sock, VsockEndpoint(*address))
     return Listener(sock, TcpEndpoint(*address[:2]))
 
 

@@ -1,11 +1,12 @@
 """Drive the handshake over a socket, and look up what clients ask for."""
 
-import asyncio
-import socket
 from dataclasses import dataclass
 
+from nbdserve.exports.access import Access, Client
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
+from nbdserve.server.line import Line
+from nbdserve.server.tls import TlsCredentials
 from nbdserve.wire.constants import Option, OptionReply
 from nbdserve.wire.handshake import (
     Ask,
@@ -16,9 +17,6 @@ from nbdserve.wire.handshake import (
     ServerHandshake,
 )
 
-#: Most handshakes of a client fit into one packet.
-_RECEIVE = 16 << 10
-
 
 @dataclass(frozen=True, slots=True)
 class Chosen:
@@ -26,20 +24,22 @@ class Chosen:
 
     Attributes:
         export: The one.
+        access: What it was told that it may do.
         negotiated: On which terms.
         leftover: What it has sent beyond the handshake.
     """
 
     export: Export
+    access: Access
     negotiated: Negotiated
     leftover: bytes
 
 
 async def negotiate(
-    loop: asyncio.AbstractEventLoop,
-    sock: socket.socket,
+    line: Line,
     handshake: ServerHandshake,
     registry: Registry,
+    credentials: TlsCredentials,
     most_clients: int,
 ) -> Chosen | str:
     """Talk to a client until it has chosen an export, or goes away.
@@ -47,62 +47,67 @@ async def negotiate(
     There is no deadline in here; that is the caller's.
 
     Args:
-        loop: The running one.
-        sock: The client.
+        line: To the client.
         handshake: Its handshake.
         registry: What it may choose from.
+        credentials: For STARTTLS.
         most_clients: Of one export: another one is refused.
 
     Returns:
         The choice, or why there is none.
 
     Raises:
-        ProtocolError: The client broke the protocol.
+        ProtocolError: The client broke the protocol, or TLS.
         OSError: The connection was lost.
     """
     chosen: Export | None = None
-    await _send(loop, sock, handshake)
+    await line.send(handshake.data_to_send())
     while True:
-        received = await loop.sock_recv(sock, _RECEIVE)
+        received = await line.receive()
         if not received:
             return "closed by the client during the handshake"
         handshake.feed(received)
         while (ask := handshake.next_ask()) is not None:
-            chosen = _answer(ask, handshake, registry, most_clients)
-            await _send(loop, sock, handshake)
-        await _send(loop, sock, handshake)
+            chosen = _answer(ask, handshake, registry, line.client, most_clients)
+            await line.send(handshake.data_to_send())
+        await line.send(handshake.data_to_send())
+        if handshake.state is HandshakeState.STARTING_TLS:
+            await line.start_tls(credentials)
+            handshake.tls_started()
         if handshake.negotiated is not None and chosen is not None:
-            return Chosen(chosen, handshake.negotiated, handshake.leftover())
+            access = chosen.policy.access_of(line.client)
+            leftover = handshake.leftover()
+            return Chosen(chosen, access, handshake.negotiated, leftover)
         if handshake.state is HandshakeState.CLOSED:
             return handshake.closed_because or "handshake closed"
 
 
-async def _send(
-    loop: asyncio.AbstractEventLoop, sock: socket.socket, handshake: ServerHandshake
-) -> None:
-    data = handshake.data_to_send()
-    if data:
-        await loop.sock_sendall(sock, data)
-
-
 def _answer(
-    ask: Ask, handshake: ServerHandshake, registry: Registry, most_clients: int
+    ask: Ask,
+    handshake: ServerHandshake,
+    registry: Registry,
+    client: Client,
+    most_clients: int,
 ) -> Export | None:
     """Answer one option; return the export that it is about."""
     if isinstance(ask, ExportsAsked):
-        handshake.answer_list((export.name, export.description) for export in registry)
+        handshake.answer_list(
+            (export.name, export.description) for export in registry.visible_to(client)
+        )
         return None
-    export = registry.find(ask.name)
+    export = registry.find(ask.name, client)
     if export is None:
         name = ask.name or "(the default export)"
         handshake.refuse(OptionReply.ERR_UNKNOWN, f"there is no export {name!r}")
-    elif isinstance(ask, ExportAsked):
+        return None
+    read_only = export.policy.access_of(client) is Access.READ_ONLY
+    if isinstance(ask, ExportAsked):
         if ask.option != Option.INFO and export.clients >= most_clients:
             handshake.refuse(
                 OptionReply.ERR_POLICY, f"the export has {export.clients} clients"
             )
         else:
-            handshake.answer_export(export.info())
+            handshake.answer_export(export.info(read_only=read_only))
     else:
-        handshake.answer_contexts(export.info())
+        handshake.answer_contexts(export.info(read_only=read_only))
     return export

@@ -9,13 +9,13 @@ the arena goes on behind them or in another buffer.
 
 import asyncio
 import errno
-import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import Buffer, BufferPool
+from nbdserve.server.tls import ByteStream
 
 #: Bytes of replies that leave at once: 16 reads of 4 KiB. Sending 256 KiB at once instead
 #: saves system calls, and a fifth of the throughput: the client has less to do
@@ -83,7 +83,7 @@ class Outbox:
     def __init__(
         self,
         loop: asyncio.AbstractEventLoop,
-        sock: socket.socket,
+        sock: ByteStream,
         arena: Arena,
         budget: Budget,
         on_drained: Callable[[], None],

@@ -1,22 +1,25 @@
 """The server: listeners, the clients that they bring, and an orderly end."""
 
 import asyncio
-import contextlib
 import errno
 import socket
-import struct
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from contextlib import closing
 from typing import Any, Final
 
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from nbdserve.config.tls import TlsConfig
 from nbdserve.errors import ProtocolError
+from nbdserve.exports.access import Access, Client
+from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import BufferPool
 from nbdserve.server.connection import RECEIVE_ARENA, Connection, Shared
 from nbdserve.server.limits import Limits
+from nbdserve.server.line import Line
 from nbdserve.server.listeners import Endpoint, Listener
 from nbdserve.server.negotiation import Chosen, negotiate
 from nbdserve.server.notify import (
@@ -26,6 +29,7 @@ from nbdserve.server.notify import (
     watchdog_interval_s,
 )
 from nbdserve.server.outbox import REPLY_ARENA, Arena
+from nbdserve.server.tls import TlsCredentials
 from nbdserve.wire.handshake import HandshakeLimits, ServerHandshake
 
 #: Clients accepted in one go; the loop comes back for more.
@@ -43,8 +47,6 @@ _KEEPALIVE: Final = (
     (socket.TCP_KEEPINTVL, 10),
     (socket.TCP_KEEPCNT, 6),
 )
-#: struct ucred of unix(7): pid, uid, gid
-_PEER_CREDENTIALS: Final = struct.Struct("=iII")
 _OUT_OF_RESOURCES: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 )
@@ -67,6 +69,7 @@ class Server:
         registry: Registry,
         listeners: Iterable[Listener],
         limits: Limits | None = None,
+        credentials: TlsCredentials | None = None,
     ) -> None:
         self.registry = registry
         self.listeners = list(listeners)
@@ -75,7 +78,8 @@ class Server:
         self._pool = BufferPool(self._limits.idle_buffer_bytes)
         self._clients: set[asyncio.Task[None]] = set()
         self._handshakes: dict[ServerHandshake, asyncio.Task[None]] = {}
-        self._connections: set[Connection] = set()
+        self._credentials = credentials or TlsCredentials(TlsConfig())
+        self._connections: dict[Connection, tuple[Chosen, Client]] = {}
         self._stopping = False
         self._full = False  # somebody was refused since the last one was let in
 
@@ -88,6 +92,11 @@ class Server:
     def connections(self) -> int:
         """How many clients are connected."""
         return len(self._clients)
+
+    @property
+    def stopping(self) -> bool:
+        """Whether the end has begun."""
+        return self._stopping
 
     def start(self) -> None:
         """Begin to accept clients; call it in the running loop."""
@@ -152,15 +161,25 @@ class Server:
                 sock.close()
                 continue
             self._full = False
-            handshake = ServerHandshake(
-                limits=HandshakeLimits(options=self._limits.options)
-            )
-            client = self._loop.create_task(
-                self._serve_client(sock, address, handshake)
-            )
-            self._handshakes[handshake] = client
-            self._clients.add(client)
-            client.add_done_callback(self._clients.discard)
+            _ = self.welcome(sock, address)
+
+    def welcome(self, sock: socket.socket, address: Any) -> asyncio.Task[None]:
+        """Serve the client of a connected socket, which is closed in the end.
+
+        Returns:
+            Done when the client is gone.
+        """
+        sock.setblocking(False)
+        handshake = ServerHandshake(
+            tls=self._credentials.mode,
+            limits=HandshakeLimits(options=self._limits.options),
+        )
+        line = Line(self._loop, sock, address)
+        client = self._loop.create_task(self._serve_client(sock, line, handshake))
+        self._handshakes[handshake] = client
+        self._clients.add(client)
+        client.add_done_callback(self._clients.discard)
+        return client
 
     def _make_room(self) -> bool:
         """Let go of the client that has been in its handshake for longest.
@@ -189,19 +208,19 @@ class Server:
         )
 
     async def _serve_client(
-        self, sock: socket.socket, address: Any, handshake: ServerHandshake
+        self, sock: socket.socket, line: Line, handshake: ServerHandshake
     ) -> None:
         """See a client through from its handshake to its end."""
-        log = self._log.bind(peer=_peer_name(sock, address))
-        with sock:
+        log = self._log.bind(peer=line.peer)
+        with closing(line):
             try:
                 _tune(sock)
                 async with asyncio.timeout(self._limits.handshake_timeout_s):
                     outcome = await negotiate(
-                        self._loop,
-                        sock,
+                        line,
                         handshake,
                         self.registry,
+                        self._credentials,
                         self._limits.connections_per_export,
                     )
             except TimeoutError:
@@ -217,24 +236,24 @@ class Server:
             finally:
                 self._handshakes.pop(handshake, None)
             if isinstance(outcome, Chosen):
-                await self._transmit(sock, outcome, log)
+                await self._transmit(line, outcome, log.bind(**line.security))
             else:
                 log.debug("handshake ended", reason=outcome)
 
     async def _transmit(
-        self,
-        sock: socket.socket,
-        chosen: Chosen,
-        log: FilteringBoundLogger,
+        self, line: Line, chosen: Chosen, log: FilteringBoundLogger
     ) -> None:
         """Serve a client that has chosen its export, and tell its story."""
         started_s = self._loop.time()
         log = log.bind(export=chosen.export.name)
+        if not _still_right(chosen, line.client):
+            log.info("the export was withdrawn while it was being chosen")
+            return
         connection = Connection(
-            self._loop, sock, chosen.export, chosen.negotiated, self._shared, log
+            self._loop, line.sock, chosen.export, chosen.negotiated, self._shared, log
         )
         log.info("connection opened")
-        self._connections.add(connection)
+        self._connections[connection] = (chosen, line.client)
         chosen.export.clients += 1
         try:
             connection.start(chosen.leftover)
@@ -243,7 +262,7 @@ class Server:
             reason = await connection.closed
         finally:
             chosen.export.clients -= 1
-            self._connections.discard(connection)
+            del self._connections[connection]
         counters = connection.session.counters
         tell = log.info if connection.blame is None else log.warning
         tell(
@@ -255,6 +274,44 @@ class Server:
             duration_s=round(self._loop.time() - started_s, 3),
             reason=reason,
         )
+
+    # Exports go
+
+    async def withdraw(self, export: Export) -> None:
+        """Offer an export no longer, let its clients go, and close its disk.
+
+        Raises:
+            OSError: The image could not be made durable.
+            ImageError: The same, found by its engine.
+        """
+        self.registry.remove(export)
+        await self.recheck(export)
+        async with asyncio.timeout(self._limits.close_timeout_s):
+            await export.device.close()
+
+    async def recheck(self, export: Export) -> None:
+        """Let those clients of an export go that were told something else about it."""
+        leaving = [
+            connection
+            for connection, (chosen, client) in self._connections.items()
+            if chosen.export is export and not _still_right(chosen, client)
+        ]
+        await self._let_go(leaving)
+
+    async def _let_go(self, connections: Collection[Connection]) -> None:
+        """Answer what is in flight, then close; at once after a deadline."""
+        for connection in connections:
+            connection.shut_down()
+        if connections:
+            closed = [connection.closed for connection in connections]
+            await asyncio.wait(closed, timeout=self._limits.drain_timeout_s)
+        for connection in connections:
+            if not connection.closed.done():
+                self._log.warning(
+                    "gave up on requests in flight",
+                    requests=connection.session.in_flight,
+                )
+                connection.abort()
 
     # The end
 
@@ -273,35 +330,28 @@ class Server:
         if self._stopping:
             return
         self._stopping = True
+        self._refuse_clients()
+        await self._let_clients_go()
+        await self._close_devices()
+
+    def _refuse_clients(self) -> None:
         for listener in self.listeners:
             self._loop.remove_reader(listener.sock.fileno())
             listener.close()
         for handshake in self._handshakes:
             handshake.shut_down()
-        for connection in list(self._connections):
-            connection.shut_down()
-        await self._let_clients_go()
-        self._shared.incoming.close()
-        self._shared.outgoing.close()
-        await self._close_devices()
 
     async def _let_clients_go(self) -> None:
         """Wait for clients, first politely."""
-        limits = self._limits
-        if self._connections:
-            closed = [connection.closed for connection in self._connections]
-            await asyncio.wait(closed, timeout=limits.drain_timeout_s)
-        for connection in list(self._connections):
-            self._log.warning(
-                "gave up on requests in flight", requests=connection.session.in_flight
-            )
-            connection.abort()
+        await self._let_go(list(self._connections))
         if self._handshakes:
             # a client in the middle of an option may still read why it is refused
-            await asyncio.wait(self._handshakes.values(), timeout=limits.linger_s)
+            await asyncio.wait(self._handshakes.values(), timeout=self._limits.linger_s)
         for client in list(self._handshakes.values()):
             client.cancel()
         await asyncio.gather(*self._clients, return_exceptions=True)
+        self._shared.incoming.close()
+        self._shared.outgoing.close()
 
     async def _close_devices(self) -> None:
         """Close every device, also after one has failed."""
@@ -323,9 +373,10 @@ class Server:
 
 def _tune(sock: socket.socket) -> None:
     """Set what makes small requests quick, and lost peers noticed."""
-    sock.setblocking(False)
     if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
+        return
+    if sock.family not in {socket.AF_INET, socket.AF_INET6}:
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
@@ -333,15 +384,8 @@ def _tune(sock: socket.socket) -> None:
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 
-def _peer_name(sock: socket.socket, address: Any) -> str:
-    """Return who a client is, for logs."""
-    if sock.family == socket.AF_INET6:
-        return f"[{address[0]}]:{address[1]}"
-    if sock.family == socket.AF_INET:
-        return f"{address[0]}:{address[1]}"
-    with contextlib.suppress(OSError):
-        credentials = sock.getsockopt(
-            socket.SOL_SOCKET, socket.SO_PEERCRED, _PEER_CREDENTIALS.size
-        )
-        return f"unix:pid={_PEER_CREDENTIALS.unpack(credentials)[0]}"
-    return "unix"
+def _still_right(chosen: Chosen, client: Client) -> bool:
+    """Tell whether what a client was told of its export is still true."""
+    export = chosen.export
+    access: Access = export.policy.access_of(client)
+    return not export.retired and access is chosen.access
