@@ -10,16 +10,17 @@ import contextlib
 import os
 import resource
 import signal
+import socket
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import structlog
 import uvloop
 
-from nbdserve.block.device import BlockDevice
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
 from nbdserve.errors import ConfigError, ImageError
+from nbdserve.exports.access import Policy
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
 from nbdserve.formats.create import create_image
@@ -31,9 +32,11 @@ from nbdserve.server.listeners import (
     activated_listeners,
     listen_tcp,
     listen_unix,
+    listen_vsock,
 )
 from nbdserve.server.notify import notify_ready, notify_reloading
 from nbdserve.server.server import Server
+from nbdserve.server.tls import TlsCredentials
 from nbdserve.storage.names import shown
 
 #: Where to listen if nobody says.
@@ -58,21 +61,29 @@ class Serving:
         images: In the order of the command line.
         endpoints: At least one.
         activated: Whether whoever started us made the sockets.
+        tls_required: Whether plain connections are refused.
     """
 
     images: tuple[ServedImage, ...]
     endpoints: tuple[Endpoint, ...]
     activated: bool
+    tls_required: bool = False
 
 
-def serve(config: ServeConfig, announce: Callable[[Serving], None]) -> None:
+def serve(
+    config: ServeConfig,
+    announce: Callable[[Serving], None],
+    reread: Callable[[], ServeConfig] | None = None,
+) -> None:
     """Serve until SIGTERM or SIGINT; a second one ends the process at once.
 
-    SIGHUP makes everything that was written durable.
+    SIGHUP makes everything that was written durable, and reads certificates and the
+    configuration again.
 
     Args:
         config: What to serve, and where.
         announce: Called once clients can connect.
+        reread: Returns what to serve from now on.
 
     Raises:
         ConfigError: An address or a path can't be used.
@@ -82,11 +93,19 @@ def serve(config: ServeConfig, announce: Callable[[Serving], None]) -> None:
     _allow_many_files()
     activated = activated_listeners()
     _judge_activation(config, activated)
-    listeners = activated or _listen(config)
+    # what can be wrong with these is refused before anything is made
+    parts = _Parts(
+        TlsCredentials(config.tls),
+        changed(Limits(), config.limits),
+        reread or (lambda: config),
+    )
+    client = _stdin_client() if config.stdio else None
+    listeners = activated or ([] if config.stdio else _listen(config))
     try:
         made = _create(config)
+        quiet = bool(activated or client)
         uvloop.run(
-            _serve(config, listeners, announce, made=made, activated=bool(activated))
+            _serve(config, parts, listeners, client, announce, made=made, quiet=quiet)
         )
     finally:
         for listener in listeners:
@@ -100,13 +119,24 @@ def _allow_many_files() -> None:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-async def _serve(
+@dataclass(frozen=True, slots=True)
+class _Parts:
+    """What is made of a configuration before the loop runs."""
+
+    credentials: TlsCredentials
+    limits: Limits
+    reread: Callable[[], ServeConfig]
+
+
+async def _serve(  # noqa: PLR0913
     config: ServeConfig,
+    parts: _Parts,
     listeners: list[Listener],
+    client: socket.socket | None,
     announce: Callable[[Serving], None],
     *,
     made: bool,
-    activated: bool,
+    quiet: bool,
 ) -> None:
     stop = asyncio.Event()
     _stop_on_signals(stop)
@@ -116,24 +146,50 @@ async def _serve(
         return
     if not made:
         _note_another_size(config, registry)
-    server = Server(registry, listeners, changed(Limits(), config.limits))
-    flushes = _flush_on_hangup(registry)
+    server = Server(registry, listeners, parts.limits, parts.credentials)
+    reload = Reload(config, parts.reread, server, parts.credentials)
+    reload.on_hangup()
     server.start()
     images = tuple(
         ServedImage(image.name, image.path, export.device.size, export.device.read_only)
         for image, export in zip(config.images, registry, strict=True)
     )
     try:
-        announce(Serving(images, tuple(server.endpoints), activated))
+        required = config.tls.mode == "require"
+        announce(Serving(images, tuple(server.endpoints), quiet, required))
     except BaseException:
         await server.shut_down()
         raise
+    if client is not None:
+        only = server.welcome(client, client.getpeername())
+        only.add_done_callback(lambda _: stop.set())
     await server.serve_until(stop)
-    await asyncio.gather(*flushes)
+    await reload.ended()
+
+
+def _stdin_client() -> socket.socket:
+    """Take the client that inetd, or whoever started us, has connected to stdin.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    fd = os.dup(0)
+    try:
+        client = socket.socket(fileno=fd)
+        client.getpeername()
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError("--stdio: stdin is not a connected socket") from error
+    # the client has to see the end when we close, and no words of ours
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, 0)
+    os.dup2(null, 1)
+    os.close(null)
+    return client
 
 
 def _judge_activation(config: ServeConfig, activated: list[Listener]) -> None:
-    if activated and (config.listen or config.unix):
+    if activated and (config.listen or config.unix or config.vsock or config.stdio):
         raise ConfigError(
             "systemd has handed over the sockets to listen on: remove --listen and"
             " --unix, or add the address to the socket unit"
@@ -151,7 +207,8 @@ def _listen(config: ServeConfig) -> list[Listener]:
         for address in config.listen:
             listeners += listen_tcp(address.host, address.port)
         for path in config.unix:
-            listeners.append(listen_unix(path))
+            listeners.append(listen_unix(path, config.unix_mode))
+        listeners += [listen_vsock(place.cid, place.port) for place in config.vsock]
         if not listeners:
             listeners += listen_tcp(DEFAULT_HOST, DEFAULT_PORT)
     except BaseException:
@@ -173,7 +230,7 @@ def _create(config: ServeConfig) -> bool:
     path = config.images[0].path
     if config.create_size is None or os.path.lexists(path):
         return False
-    create_image(path, config.create_size, format=config.format or "qcow2")
+    create_image(path, config.create_size, format=config.images[0].format or "qcow2")
     return True
 
 
@@ -200,36 +257,50 @@ async def _open_exports(config: ServeConfig) -> Registry:
     state_dir = _state_dir(config, os.environ)
     try:
         for image in config.images:
-            device = await _open(config, image, state_dir)
-            for note in device.notes:
-                structlog.get_logger().warning(note)
-            registry.add(
-                Export(
-                    image.name,
-                    device,
-                    config.description,
-                    allocation_depth=config.allocation_depth,
-                    bitmaps=config.bitmaps,
-                )
-            )
+            policy = _policy(image)
+            registry.add(await _open(image, policy, state_dir))
     except BaseException:
         await _close(registry)
         raise
     return registry
 
 
-async def _open(
-    config: ServeConfig, image: ImageConfig, state_dir: str | None
-) -> BlockDevice:
-    return await open_image(
+def _policy(image: ImageConfig) -> Policy:
+    """Return who may use an export.
+
+    Raises:
+        ConfigError: A rule is for a user that doesn't exist.
+    """
+    return Policy.of(image.access, tls_only=image.tls_only)
+
+
+async def _open(image: ImageConfig, policy: Policy, state_dir: str | None) -> Export:
+    """Open one image.
+
+    Raises:
+        ConfigError: Its path can't be opened.
+        ImageError: It can't be used.
+    """
+    device = await open_image(
         image.path,
-        format=config.format or "auto",
-        read_only=config.read_only or config.snapshot is not None,
-        allow_backing=config.allow_backing,
-        cache=config.cache,
+        format=image.format or "auto",
+        read_only=image.read_only or image.snapshot is not None,
+        allow_backing=image.allow_backing,
+        cache=image.cache,
         state_dir=state_dir,
-        snapshot=config.snapshot,
+        snapshot=image.snapshot,
     )
+    for note in device.notes:
+        structlog.get_logger().warning(note)
+    export = Export(
+        image.name,
+        device,
+        image.description,
+        allocation_depth=image.allocation_depth,
+        bitmaps=image.bitmaps,
+    )
+    export.policy = policy
+    return export
 
 
 async def _close(registry: Registry) -> None:
@@ -319,27 +390,129 @@ def _stop_on_signals(stop: asyncio.Event) -> None:
         loop.add_signal_handler(number, on_signal)
 
 
-def _flush_on_hangup(registry: Registry) -> set[asyncio.Task[None]]:
-    """Let SIGHUP flush every export.
+class Reload:
+    """What SIGHUP does: flush, read again, and change what is served.
 
-    Returns:
-        The flushes under way.
+    One after the other. Clients of exports that stay as they are notice nothing.
     """
-    loop = asyncio.get_running_loop()
-    under_way: set[asyncio.Task[None]] = set()
 
-    def on_hangup() -> None:
-        task = loop.create_task(_flush(registry))
-        under_way.add(task)
-        task.add_done_callback(under_way.discard)
+    def __init__(
+        self,
+        config: ServeConfig,
+        reread: Callable[[], ServeConfig],
+        server: Server,
+        credentials: TlsCredentials,
+    ) -> None:
+        self._config = config
+        self._reread = reread
+        self._server = server
+        self._credentials = credentials
+        self._images = {image.name: image for image in config.images}
+        self._turn = asyncio.Lock()
+        self._under_way: set[asyncio.Task[None]] = set()
+        self._log = structlog.get_logger()
 
-    loop.add_signal_handler(signal.SIGHUP, on_hangup)
-    return under_way
+    def on_hangup(self) -> None:
+        """Reload with each SIGHUP."""
+        loop = asyncio.get_running_loop()
+
+        def reload() -> None:
+            task = loop.create_task(self._reload())
+            self._under_way.add(task)
+            task.add_done_callback(self._under_way.discard)
+
+        loop.add_signal_handler(signal.SIGHUP, reload)
+
+    async def ended(self) -> None:
+        """Wait for what is under way."""
+        await asyncio.gather(*self._under_way)
+
+    async def _reload(self) -> None:
+        async with self._turn:
+            notify_reloading()
+            await _flush(self._server.registry)
+            try:
+                config = self._reread()
+                policies = {image.name: _policy(image) for image in config.images}
+                state_dir = _state_dir(config, os.environ)
+                self._credentials.replace(config.tls)
+            except ConfigError as error:
+                self._log.error("reload failed, nothing is changed", error=str(error))
+            else:
+                await self._apply(config, policies, state_dir)
+            notify_ready(f"Serving {len(self._server.registry)} export(s)")
+
+    async def _apply(
+        self, config: ServeConfig, policies: dict[str, Policy], state_dir: str | None
+    ) -> None:
+        """Change what is served; one export that fails leaves the others alone."""
+        self._warn_of_the_rest(config)
+        wanted = {image.name: image for image in config.images}
+        gone = [
+            name
+            for name, image in self._images.items()
+            if name not in wanted or _disk_of(wanted[name]) != _disk_of(image)
+        ]
+        await asyncio.gather(*(self._withdraw(name) for name in gone))
+        for name, image in wanted.items():
+            if name in self._images:
+                await self._change(image, policies[name])
+            else:
+                await self._add(image, policies[name], state_dir)
+        self._config = config
+        self._log.info("reloaded", exports=len(self._server.registry))
+
+    def _warn_of_the_rest(self, config: ServeConfig) -> None:
+        for what in ("listen", "unix", "unix_mode", "vsock", "limits", "state_dir"):
+            if getattr(config, what) != getattr(self._config, what):
+                self._log.warning("changed at the next start only", what=what)
+
+    async def _withdraw(self, name: str) -> None:
+        del self._images[name]
+        export = self._server.registry.get(name)
+        if export is None:
+            return
+        try:
+            await self._server.withdraw(export)
+        except (OSError, ImageError) as error:
+            self._log.error(
+                "could not close an image cleanly", export=name, error=str(error)
+            )
+        else:
+            self._log.info("export removed", export=name)
+
+    async def _change(self, image: ImageConfig, policy: Policy) -> None:
+        export = self._server.registry.get(image.name)
+        if export is not None:
+            export.description, export.policy = image.description, policy
+            self._images[image.name] = image
+            await self._server.recheck(export)
+
+    async def _add(
+        self, image: ImageConfig, policy: Policy, state_dir: str | None
+    ) -> None:
+        try:
+            export = await _open(image, policy, state_dir)
+        except (ConfigError, ImageError, OSError) as error:
+            self._log.error(
+                "could not open an image", export=image.name, error=str(error)
+            )
+            return
+        if self._server.stopping:
+            await export.device.close()
+            return
+        self._server.registry.add(export)
+        self._images[image.name] = image
+        self._log.info("export added", export=image.name)
+
+
+def _disk_of(image: ImageConfig) -> ImageConfig:
+    """Return what can't be changed while the image is open."""
+    return replace(image, description="", access=(), tls_only=False)
 
 
 async def _flush(registry: Registry) -> None:
     log = structlog.get_logger()
-    notify_reloading()
     for export in registry:
         try:
             await export.device.flush()
@@ -347,4 +520,3 @@ async def _flush(registry: Registry) -> None:
             # no traceback: the error names the disk, and that is where it lies
             log.error("could not flush", export=export.name, error=str(error))  # noqa: TRY400
     log.info("flushed", exports=len(registry))
-    notify_ready(f"Serving {len(registry)} export(s)")

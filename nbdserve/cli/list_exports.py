@@ -5,7 +5,7 @@ import json
 import socket
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from nbdserve.cli.parser import judged
 from nbdserve.config.units import format_size
@@ -22,6 +22,9 @@ from nbdserve.wire.client_handshake import (
 from nbdserve.wire.constants import Info, Option, TransmissionFlag
 from nbdserve.wire.uri import NbdUri, parse_uri
 
+if TYPE_CHECKING:
+    import ssl
+
 TAKES = "URI"
 
 DESCRIPTION = """\
@@ -32,7 +35,8 @@ EXAMPLES = """\
 examples:
   nbdserve list nbd://127.0.0.1
   nbdserve list nbd://storage.example:10809/disk --json
-  nbdserve list 'nbd+unix:///?socket=/run/nbdserve.sock'"""
+  nbdserve list 'nbd+unix:///?socket=/run/nbdserve.sock'
+  nbdserve list nbds://storage.example --tls-ca ca-cert.pem"""
 
 #: An answer to an option takes a server no disk access worth mentioning.
 TIMEOUT_S = 15.0
@@ -56,8 +60,19 @@ def define(parser: argparse.ArgumentParser) -> None:
         "uri",
         metavar="URI",
         type=judged(_uri),
-        help="nbd://HOST[:PORT][/NAME] or nbd+unix:///[NAME]?socket=PATH",
+        help="nbd://HOST[:PORT][/NAME] or nbd+unix:///[NAME]?socket=PATH; nbds://"
+        " and nbds+unix:// encrypt",
     )
+    parser.add_argument(
+        "--tls-ca",
+        metavar="FILE",
+        help="authorities that may have signed the server's certificate (default:"
+        " those of this machine)",
+    )
+    parser.add_argument(
+        "--tls-cert", metavar="FILE", help="our certificate, if the server wants one"
+    )
+    parser.add_argument("--tls-key", metavar="FILE", help="its private key")
     parser.add_argument(
         "--json", action="store_true", help="for programs, with nbdinfo's field names"
     )
@@ -68,6 +83,8 @@ def run(arguments: argparse.Namespace) -> int:
     uri: NbdUri = arguments.uri
     try:
         with _Connection(uri) as connection:
+            if uri.tls:
+                connection.start_tls(_context(arguments, uri), _hostname(uri))
             exports = connection.exports(uri.export_name or None)
     except (ProtocolError, OptionRefused) as error:
         raise ConfigError(f"{uri}: {error}") from error
@@ -76,7 +93,7 @@ def run(arguments: argparse.Namespace) -> int:
             f"{_server(uri)}: no answer within {TIMEOUT_S:.0f} seconds"
         ) from None
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = getattr(error, "verify_message", "") or error.strerror or str(error)
         raise ConfigError(f"{_server(uri)}: {reason}") from None
     if arguments.json:
         print(json.dumps({"exports": [_as_json(uri, export) for export in exports]}))
@@ -113,6 +130,11 @@ class _Connection:
             address = (uri.host or "localhost", uri.port)
             self._socket = socket.create_connection(address, TIMEOUT_S)
         self._handshake = ClientHandshake()
+
+    def start_tls(self, context: "ssl.SSLContext", hostname: str) -> None:
+        """Encrypt from now on."""
+        self._ask(Option.STARTTLS)
+        self._socket = context.wrap_socket(self._socket, server_hostname=hostname)
 
     def __enter__(self) -> Self:
         return self
@@ -163,10 +185,34 @@ class _Connection:
 
 
 def _uri(text: str) -> NbdUri:
-    uri = parse_uri(text)
-    if uri.tls:
-        raise ConfigError(f"{text}: TLS is not supported: use nbd:// or nbd+unix://")
-    return uri
+    return parse_uri(text)
+
+
+def _hostname(uri: NbdUri) -> str:
+    """Return what the server's certificate has to say."""
+    return uri.tls_hostname or uri.host or "localhost"
+
+
+def _context(arguments: argparse.Namespace, uri: NbdUri) -> "ssl.SSLContext":
+    """Return how to encrypt.
+
+    Raises:
+        ConfigError: A file can't be used.
+    """
+    import ssl
+
+    try:
+        context = ssl.create_default_context(cafile=arguments.tls_ca)
+        if arguments.tls_cert is not None:
+            context.load_cert_chain(arguments.tls_cert, arguments.tls_key)
+    except OSError as error:
+        names = [arguments.tls_ca, arguments.tls_cert, arguments.tls_key]
+        files = ", ".join(shown(name) for name in names if name)
+        raise ConfigError(f"TLS: {files}: {error.strerror}") from error
+    if not uri.tls_verify_peer:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context
 
 
 def _server(uri: NbdUri) -> str:

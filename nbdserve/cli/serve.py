@@ -5,9 +5,16 @@ from typing import TYPE_CHECKING
 
 from nbdserve.cli.parser import judged, one_of
 from nbdserve.config.units import parse_size
+from nbdserve.errors import ConfigError
 
 if TYPE_CHECKING:
-    from nbdserve.config.model import ImageConfig, TcpAddress
+    from nbdserve.config.model import (
+        FileConfig,
+        ImageConfig,
+        ServeConfig,
+        TcpAddress,
+        VsockAddress,
+    )
 
 TAKES = "[NAME=]IMAGE..."
 
@@ -25,7 +32,11 @@ examples:
   nbdserve serve root=vm.qcow2 data=/dev/vg/data --read-only
       two exports, of an image and of a block device
   nbdserve serve disk.qcow2 --listen 0.0.0.0:10809 --unix /run/nbd.sock
-      at several places at once"""
+      at several places at once
+  nbdserve serve disk.qcow2 --listen 0.0.0.0:10809 --tls-certificates /etc/pki/nbd
+      encrypted, for whoever trusts the certificate
+  nbdserve serve --config /etc/nbdserve/nbdserve.toml
+      what a file says: many exports, and who may use them"""
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -33,12 +44,37 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "images",
         metavar="[NAME=]IMAGE",
-        nargs="+",
+        nargs="*",
         type=judged(_image),
         help="an image or block device, and the name of its export;"
         " by default the file's, without folder and last extension",
     )
-    group = parser.add_argument_group("where to listen")
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="also serve what this TOML file says; SIGHUP reads it again. Options"
+        " for images are for those of the command line",
+    )
+    _define_places(parser.add_argument_group("where to listen"))
+    _define_tls_options(parser.add_argument_group("encryption"))
+    group = parser.add_argument_group("images")
+    _define_image_options(group)
+    group = parser.add_argument_group("limits")
+    group.add_argument(
+        "--limit",
+        metavar="NAME=VALUE",
+        action="append",
+        default=[],
+        type=judged(_limit),
+        help="what clients may use, any number of times, such as connections=100,"
+        " connections-per-export=10, total-bytes-in-flight=256M,"
+        " handshake-timeout-s=5, stall-timeout-s=30",
+    )
+    group = parser.add_argument_group("log")
+    _define_log_options(group)
+
+
+def _define_places(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--listen",
         metavar="HOST:PORT",
@@ -55,20 +91,63 @@ def define(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="a Unix socket, any number of times",
     )
-    group = parser.add_argument_group("images")
-    _define_image_options(group)
-    group = parser.add_argument_group("limits")
     group.add_argument(
-        "--limit",
-        metavar="NAME=VALUE",
+        "--unix-mode",
+        metavar="MODE",
+        type=judged(_mode),
+        help="permissions of the Unix sockets, such as 0660: who may connect",
+    )
+    group.add_argument(
+        "--vsock",
+        metavar="[CID:]PORT",
         action="append",
         default=[],
-        type=judged(_limit),
-        help="what clients may use, any number of times, such as connections=100,"
-        " connections-per-export=10, total-bytes-in-flight=256M,"
-        " handshake-timeout-s=5, stall-timeout-s=30",
+        type=judged(_vsock),
+        help="a port for virtual machines of this host",
     )
-    group = parser.add_argument_group("log")
+    group.add_argument(
+        "--stdio",
+        action="store_true",
+        help="listen nowhere: serve the client whose socket is stdin, then end, as"
+        " under inetd",
+    )
+
+
+def _define_tls_options(group: "argparse._ArgumentGroup") -> None:
+    group.add_argument(
+        "--tls",
+        metavar="off|allow|require",
+        type=one_of("off", "allow", "require"),
+        help="whether clients may, or must, encrypt (default: require if there is a"
+        " certificate or a pre-shared key, else off)",
+    )
+    group.add_argument(
+        "--tls-certificates",
+        metavar="DIR",
+        help="a folder with server-cert.pem, server-key.pem and, for certificates of"
+        " clients, ca-cert.pem",
+    )
+    group.add_argument("--tls-cert", metavar="FILE", help="the server's certificate")
+    group.add_argument("--tls-key", metavar="FILE", help="its private key")
+    group.add_argument(
+        "--tls-ca",
+        metavar="FILE",
+        help="authorities for certificates of clients, who are then asked for one",
+    )
+    group.add_argument(
+        "--tls-verify-client",
+        action="store_true",
+        help="refuse clients without a valid certificate",
+    )
+    group.add_argument(
+        "--tls-psk",
+        metavar="FILE",
+        help="pre-shared keys instead of certificates: lines of USER:KEY, the key in"
+        " hexadecimal (needs Python 3.13)",
+    )
+
+
+def _define_log_options(group: "argparse._ArgumentGroup") -> None:
     group.add_argument(
         "--log-format",
         metavar="console|json",
@@ -150,31 +229,100 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal says stop."""
-    from nbdserve.config.model import ServeConfig
-
-    config = ServeConfig(
-        images=tuple(arguments.images),
-        listen=tuple(arguments.listen),
-        unix=tuple(arguments.unix),
-        format=None if arguments.format == "auto" else arguments.format,
-        read_only=arguments.read_only,
-        create_size=arguments.create,
-        allow_backing=tuple(arguments.allow_backing),
-        cache=arguments.cache,
-        description=arguments.description,
-        state_dir=arguments.state_dir,
-        snapshot=arguments.snapshot,
-        allocation_depth=arguments.allocation_depth,
-        bitmaps=tuple(arguments.bitmap),
-        limits=tuple(arguments.limit),
-    )
     from nbdserve import app
     from nbdserve.cli.announce import announce
     from nbdserve.observe.logs import configure
 
+    config = _configuration(arguments)
     configure(arguments.log_format, arguments.log_level)
-    app.serve(config, announce)
+    app.serve(config, announce, lambda: _configuration(arguments))
     return 0
+
+
+def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
+    """Put the configuration file and the command line together.
+
+    Raises:
+        ConfigError: One of them is wrong, or they contradict each other.
+    """
+    from nbdserve.config.model import ServeConfig
+    from nbdserve.config.tls import TlsConfig
+
+    if not arguments.images and arguments.config is None:
+        raise ConfigError(
+            "required: [NAME=]IMAGE or --config FILE; see nbdserve serve --help"
+        )
+    file = _file(arguments.config)
+    tls = {
+        "mode": arguments.tls,
+        "certificates": arguments.tls_certificates,
+        "certificate": arguments.tls_cert,
+        "key": arguments.tls_key,
+        "ca": arguments.tls_ca,
+        "verify_client": arguments.tls_verify_client,
+        "psk": arguments.tls_psk,
+    }
+    given = {name: value for name, value in tls.items() if value}
+    mode = arguments.unix_mode
+    return ServeConfig(
+        images=(*file.images, *_images(arguments)),
+        listen=(*file.listen, *arguments.listen),
+        unix=(*file.unix, *arguments.unix),
+        unix_mode=file.unix_mode if mode is None else mode,
+        vsock=(*file.vsock, *arguments.vsock),
+        stdio=arguments.stdio,
+        tls=TlsConfig.build(**{**file.tls, **given}),
+        limits=(*file.limits, *arguments.limit),
+        create_size=arguments.create,
+        state_dir=arguments.state_dir or file.state_dir,
+        file=arguments.config,
+    )
+
+
+def _images(arguments: argparse.Namespace) -> "list[ImageConfig]":
+    """Return the images of the command line as its options want them."""
+    from dataclasses import replace
+
+    if arguments.snapshot is not None and len(arguments.images) > 1:
+        raise ConfigError("--snapshot is for one image, but several are given")
+    return [
+        replace(
+            image,
+            format=None if arguments.format == "auto" else arguments.format,
+            read_only=arguments.read_only,
+            description=arguments.description,
+            cache=arguments.cache,
+            allow_backing=tuple(arguments.allow_backing),
+            snapshot=arguments.snapshot,
+            allocation_depth=arguments.allocation_depth,
+            bitmaps=tuple(arguments.bitmap),
+        )
+        for image in arguments.images
+    ]
+
+
+def _file(path: str | None) -> "FileConfig":
+    """Read the configuration file, if there is one."""
+    from nbdserve.config.model import FileConfig
+
+    if path is None:
+        return FileConfig()
+    from nbdserve.config.file import read_config
+    from nbdserve.server.limits import NAMES, Limits, changed
+
+    return read_config(path, NAMES, lambda limit: changed(Limits(), [limit]))
+
+
+def _mode(text: str) -> int:
+    from nbdserve.config.model import parse_mode
+
+    return parse_mode(text)
+
+
+def _vsock(text: str) -> "VsockAddress":
+    from nbdserve.config.model import VsockAddress
+
+    return VsockAddress.parse(text)
 
 
 def _image(text: str) -> "ImageConfig":

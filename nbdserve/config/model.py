@@ -1,14 +1,16 @@
 """What an operator asked for, as frozen values that nothing below `app` reads.
 
-The command line fills these in; later a configuration file will too. Whatever
-can be judged without touching the machine is judged here, once.
+The command line and the configuration file fill these in. Whatever can be judged without touching the machine is judged here, once.
 """
 
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
+from nbdserve.config.access import AccessRule
+from nbdserve.config.tls import TlsConfig
 from nbdserve.errors import ConfigError
 
 ImageFormat = Literal["raw", "qcow", "qcow2"]
@@ -37,6 +39,22 @@ def _judge_string(what: str, text: str) -> None:
         )
     if "\0" in text:
         raise ConfigError(f"the {what} {text!r} contains a NUL byte")
+
+
+def _judge_path(path: str, text: str) -> None:
+    if not path or "\0" in path:
+        raise ConfigError(f"{text!r} names no image: write NAME=PATH or PATH")
+
+
+def parse_mode(text: str) -> int:
+    """Read permissions such as 0660.
+
+    Raises:
+        ConfigError: They are none.
+    """
+    if not re.fullmatch("0?[0-7]{3}", text):
+        raise ConfigError(f"{text!r} are no permissions: write them such as 0660")
+    return int(text, 8)
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,16 +91,72 @@ class TcpAddress:
 
 
 @dataclass(frozen=True, slots=True)
+class VsockAddress:
+    """Where to listen for virtual machines; no cid means any of this host's."""
+
+    cid: int | None
+    port: int
+
+    @classmethod
+    def parse(cls, text: str) -> "VsockAddress":
+        """Read `PORT` or `CID:PORT`.
+
+        Raises:
+            ConfigError: It is neither.
+        """
+        found = re.fullmatch("(?:([0-9]{1,10}):)?([0-9]{1,10})", text)
+        if found is None or max(int(found[1] or 0), int(found[2])) >= 0xFFFFFFFF:
+            raise ConfigError(f"{text!r} is not PORT or CID:PORT of vsock")
+        return cls(int(found[1]) if found[1] else None, int(found[2]))
+
+
+@dataclass(frozen=True, slots=True)
 class ImageConfig:
-    """One image and the name that clients know it by.
+    """One image, the name that clients know it by, and how it is served.
 
     Attributes:
         name: The export's name; `""` is the default export.
         path: The image as the operator wrote it.
+        format: None tells it by the magic.
+        read_only: Whether changing requests are refused.
+        description: What clients see when they list the exports.
+        cache: When a write is acknowledged: as soon as the kernel has it, or once
+            it is durable.
+        allow_backing: Folders whose files may back the image, besides its own.
+        snapshot: Name or id of the internal snapshot to serve, read-only, instead of
+            the active disk.
+        allocation_depth: Whether clients can ask for qemu:allocation-depth.
+        bitmaps: Names of bitmaps of what is changed while serving; clients see each as
+            qemu:dirty-bitmap:NAME.
+        tls_only: Whether the export exists only for encrypted connections.
+        access: Who may use it; nobody else, unless there are no rules.
     """
 
     name: str
     path: str
+    format: ImageFormat | None = None
+    read_only: bool = False
+    description: str = ""
+    cache: CacheMode = "writeback"
+    allow_backing: tuple[str, ...] = ()
+    snapshot: str | None = None
+    allocation_depth: bool = False
+    bitmaps: tuple[str, ...] = ()
+    tls_only: bool = False
+    access: tuple[AccessRule, ...] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse what the protocol can't carry.
+
+        Raises:
+            ConfigError: The name or the description is too long, or no text.
+        """
+        _judge_string("export name", self.name)
+        _judge_string("description", self.description)
+        for name in self.bitmaps:
+            _judge_string("bitmap name", f"qemu:dirty-bitmap:{name}")
+            if not name or self.bitmaps.count(name) > 1:
+                raise ConfigError(f"--bitmap {name!r}: each needs a name of its own")
 
     @classmethod
     def parse(cls, text: str) -> "ImageConfig":
@@ -96,12 +170,44 @@ class ImageConfig:
         """
         name, equals, path = text.partition("=")
         if not equals or "/" in name:
-            path = text
-            name = Path(text).stem
-        if not path or "\0" in path:
-            raise ConfigError(f"{text!r} names no image: write NAME=PATH or PATH")
-        _judge_string("export name", name)
+            return cls.from_path(text)
+        _judge_path(path, text)
         return cls(name, path)
+
+    @classmethod
+    def from_path(cls, path: str) -> "ImageConfig":
+        """Name the export as the file.
+
+        Raises:
+            ConfigError: It is no path, or the name can't be one.
+        """
+        _judge_path(path, path)
+        return cls(Path(path).stem, path)
+
+
+@dataclass(frozen=True, slots=True)
+class FileConfig:
+    """What a configuration file says.
+
+    Attributes:
+        images: Each name once.
+        listen: TCP addresses.
+        unix: Paths of Unix sockets.
+        unix_mode: Their permissions.
+        vsock: Addresses for virtual machines.
+        tls: The arguments of `TlsConfig.build` that it gives.
+        limits: Names and values of what is not to be the default.
+        state_dir: Where redo records go.
+    """
+
+    images: tuple[ImageConfig, ...] = ()
+    listen: tuple[TcpAddress, ...] = ()
+    unix: tuple[str, ...] = ()
+    unix_mode: int | None = None
+    vsock: tuple[VsockAddress, ...] = ()
+    tls: Mapping[str, Any] = field(default_factory=dict)
+    limits: tuple[tuple[str, str], ...] = ()
+    state_dir: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,39 +215,30 @@ class ServeConfig:
     """Everything `nbdserve serve` needs to know.
 
     Attributes:
-        images: At least one, each name once.
+        images: Each name once; at least one, unless there is a configuration file.
         listen: TCP addresses.
         unix: Paths of Unix sockets.
-        format: The format of every image; None tells it by the magic.
-        read_only: Whether changing requests are refused.
-        create_size: Bytes of the image to make if the only one is missing.
-        allow_backing: Folders whose files may back an image, besides its own.
-        cache: When a write is acknowledged: as soon as the kernel has it, or once
-            it is durable.
-        description: What clients see when they list the exports.
-        state_dir: Where redo records go; None leaves it to the environment.
-        snapshot: Name or id of the internal snapshot to serve, read-only, instead of
-            the active disk of the only image.
-        allocation_depth: Whether clients can ask for qemu:allocation-depth.
-        bitmaps: Names of bitmaps of what is changed while serving; clients see each as
-            qemu:dirty-bitmap:NAME.
+        unix_mode: Their permissions; None leaves them to the umask.
+        vsock: Addresses for virtual machines.
+        stdio: Whether to serve the one client that is connected to stdin instead.
+        tls: How connections are encrypted.
         limits: Names and values of what is not to be the default.
+        create_size: Bytes of the image to make if the only one is missing.
+        state_dir: Where redo records go; None leaves it to the environment.
+        file: The configuration file, read again with SIGHUP.
     """
 
     images: tuple[ImageConfig, ...]
     listen: tuple[TcpAddress, ...] = ()
     unix: tuple[str, ...] = ()
-    format: ImageFormat | None = None
-    read_only: bool = False
-    create_size: int | None = None
-    allow_backing: tuple[str, ...] = ()
-    cache: CacheMode = "writeback"
-    description: str = ""
-    state_dir: str | None = None
-    snapshot: str | None = None
-    allocation_depth: bool = False
-    bitmaps: tuple[str, ...] = ()
+    unix_mode: int | None = None
+    vsock: tuple[VsockAddress, ...] = ()
+    stdio: bool = False
+    tls: TlsConfig = field(default_factory=TlsConfig)
     limits: tuple[tuple[str, str], ...] = ()
+    create_size: int | None = None
+    state_dir: str | None = None
+    file: str | None = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.
@@ -151,13 +248,8 @@ class ServeConfig:
         """
         self._judge_names()
         self._judge_create()
-        if self.snapshot is not None and len(self.images) > 1:
-            raise ConfigError("--snapshot is for one image, but several are given")
-        _judge_string("description", self.description)
-        for name in self.bitmaps:
-            _judge_string("bitmap name", f"qemu:dirty-bitmap:{name}")
-            if not name or self.bitmaps.count(name) > 1:
-                raise ConfigError(f"--bitmap {name!r}: each needs a name of its own")
+        if self.stdio and (self.listen or self.unix or self.vsock):
+            raise ConfigError("--stdio serves one client and listens nowhere")
         for path in self.unix:
             if len(path.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_LENGTH:
                 raise ConfigError(
@@ -166,7 +258,7 @@ class ServeConfig:
                 )
 
     def _judge_names(self) -> None:
-        if not self.images:
+        if not self.images and self.file is None:
             raise ConfigError("no image to serve")
         paths: dict[str, str] = {}
         for image in self.images:
@@ -180,9 +272,9 @@ class ServeConfig:
     def _judge_create(self) -> None:
         if self.create_size is None:
             return
-        if len(self.images) > 1:
+        if len(self.images) != 1:
             raise ConfigError("--create makes one image, but several are given")
-        if self.read_only:
+        if self.images[0].read_only:
             raise ConfigError("--create and --read-only exclude each other")
-        if self.snapshot is not None:
+        if self.images[0].snapshot is not None:
             raise ConfigError("--create and --snapshot exclude each other")

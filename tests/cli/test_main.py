@@ -108,7 +108,6 @@ WRONG_USAGE = [
     (["serve", "x="], "names no image"),
     (["list"], "required: URI"),
     (["list", "http://x"], "begins with nbd://"),
-    (["list", "nbds://x"], "TLS is not supported"),
     (["list", "nbd://x", "y"], "'y' is one argument too many"),
     (["image", "create", "x"], "required: SIZE"),
     (["image", "create", "x", "1M", "--backing", "y"], "--backing-format"),

@@ -1,5 +1,7 @@
 """What can be judged before anything is opened, is."""
 
+from dataclasses import replace
+
 import pytest
 
 from nbdserve.config.model import ImageConfig, ServeConfig, TcpAddress
@@ -85,22 +87,21 @@ def test_create_needs_one_writable_image() -> None:
     with pytest.raises(ConfigError, match="--create makes one image"):
         ServeConfig((one, two), create_size=1)
     with pytest.raises(ConfigError, match="--create and --read-only exclude"):
-        ServeConfig((one,), create_size=1, read_only=True)
+        ServeConfig((replace(one, read_only=True),), create_size=1)
 
 
 def test_strings_and_sockets_that_do_not_fit_are_refused() -> None:
     image = ImageConfig("a", "a")
     with pytest.raises(ConfigError, match="description"):
-        ServeConfig((image,), description="x" * 4097)
+        ImageConfig("a", "a", description="x" * 4097)
     with pytest.raises(ConfigError, match="too long for a Unix socket"):
         ServeConfig((image,), unix=("/tmp/" + "x" * 103,))
     assert ServeConfig((image,), unix=("/tmp/" + "x" * 102,)).unix
 
 
 def test_bitmaps_have_names_of_their_own() -> None:
-    images = (ImageConfig("disk", "disk.qcow2"),)
-    config = ServeConfig(images, bitmaps=("a", "b"), allocation_depth=True)
-    assert config.bitmaps == ("a", "b")
+    image = ImageConfig("disk", "disk.qcow2", bitmaps=("a", "b"))
+    assert image.bitmaps == ("a", "b")
     for names in [("",), ("a", "a"), ("x" * 4096,), ("nul\0",)]:
         with pytest.raises(ConfigError, match="bitmap"):
-            ServeConfig(images, bitmaps=names)
+            ImageConfig("disk", "disk.qcow2", bitmaps=names)

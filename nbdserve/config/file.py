@@ -1,0 +1,294 @@
+"""The configuration file: TOML, read strictly.
+
+A key that nobody knows is an error with its line and a near match, since what is
+spelled wrongly would otherwise silently not be in force (an access rule, say).
+"""
+
+import re
+import tomllib
+from collections.abc import Callable, Collection, Mapping, Sequence
+from difflib import get_close_matches
+from typing import Any, Final, NoReturn, TypeVar
+
+import msgspec
+
+from nbdserve.config.access import AccessLevel, AccessRule, parse_network
+from nbdserve.config.model import (
+    CacheMode,
+    FileConfig,
+    ImageConfig,
+    ImageFormat,
+    TcpAddress,
+    VsockAddress,
+    parse_mode,
+)
+from nbdserve.config.tls import TlsChoice, TlsConfig
+from nbdserve.errors import ConfigError
+
+_UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`(?: - at `(.*)`)?")
+_OTHER: Final = re.compile(r"(.*?)(?: - at `(.*)`)?", re.DOTALL)
+#: Nobody writes so much by hand, and finding a line tries every one.
+_MAX_LENGTH: Final = 1 << 20
+
+_Path = Sequence[str | int]
+_Parsed = TypeVar("_Parsed")
+
+
+class _Strict(msgspec.Struct, forbid_unknown_fields=True, rename="kebab", kw_only=True):
+    """A table in which every key has a meaning."""
+
+
+class _Access(_Strict):
+    allow: AccessLevel
+    certificate: str | list[str] | None = None
+    psk_user: str | list[str] | None = None
+    network: str | list[str] | None = None
+    user: str | int | list[str | int] | None = None
+
+
+class _Export(_Strict):
+    path: str
+    name: str | None = None
+    format: ImageFormat | None = None
+    read_only: bool = False
+    description: str = ""
+    cache: CacheMode = "writeback"
+    allow_backing: list[str] = []
+    snapshot: str | None = None
+    allocation_depth: bool = False
+    bitmaps: list[str] = []
+    tls_only: bool = False
+    access: list[_Access] = []
+
+
+class _Tls(_Strict):
+    mode: TlsChoice | None = None
+    certificates: str | None = None
+    cert: str | None = None
+    key: str | None = None
+    ca: str | None = None
+    verify_client: bool = False
+    psk: str | None = None
+
+
+class _File(_Strict):
+    listen: list[str] = []
+    unix: list[str] = []
+    unix_mode: str | None = None
+    vsock: list[str] = []
+    state_dir: str | None = None
+    tls: _Tls = msgspec.field(default_factory=_Tls)
+    limits: dict[str, int | float | str] = {}
+    export: list[_Export] = []
+
+
+#: The keys of each table, for near matches.
+_KEYS: Final[Mapping[tuple[str, ...], type[msgspec.Struct]]] = {
+    (): _File,
+    ("tls",): _Tls,
+    ("export",): _Export,
+    ("export", "access"): _Access,
+}
+
+
+def read_config(
+    path: str,
+    limits: Collection[str],
+    judge_limit: Callable[[tuple[str, str]], object],
+) -> FileConfig:
+    """Read a configuration file.
+
+    Args:
+        path: Of the file.
+        limits: The names of limits.
+        judge_limit: Refuses a name and a value by a ConfigError.
+
+    Raises:
+        ConfigError: It can't be read, or something in it is wrong: one line, with the
+            line of the file.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read(_MAX_LENGTH + 1)
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: is not UTF-8") from error
+    if len(text) > _MAX_LENGTH:
+        raise ConfigError(f"{path}: is longer than {_MAX_LENGTH} characters")
+    return _Reader(path, text).read(limits, judge_limit)
+
+
+class _Reader:
+    """One file, and how to complain about it."""
+
+    def __init__(self, path: str, text: str) -> None:
+        self._path = path
+        self._text = text
+
+    def read(
+        self,
+        limits: Collection[str],
+        judge_limit: Callable[[tuple[str, str]], object],
+    ) -> FileConfig:
+        try:
+            tables = tomllib.loads(self._text)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{self._path}: {error}") from error
+        try:
+            file = msgspec.convert(tables, _File)
+        except msgspec.ValidationError as error:
+            self._explain(str(error))
+        settings = tuple((name, str(value)) for name, value in file.limits.items())
+        for setting in settings:
+            name = setting[0]
+            if name not in limits:
+                self._refuse(("limits", name), _unknown(name, limits))
+            self._judged(("limits", name), setting, judge_limit)
+        images = tuple(
+            self._image(number, export) for number, export in enumerate(file.export)
+        )
+        return FileConfig(
+            images=images,
+            listen=self._each(("listen",), file.listen, TcpAddress.parse),
+            unix=tuple(file.unix),
+            unix_mode=(
+                None
+                if file.unix_mode is None
+                else self._judged(("unix-mode",), file.unix_mode, parse_mode)
+            ),
+            vsock=self._each(("vsock",), file.vsock, VsockAddress.parse),
+            tls=self._tls(file.tls),
+            limits=settings,
+            state_dir=file.state_dir,
+        )
+
+    def _tls(self, tls: _Tls) -> dict[str, Any]:
+        given = {
+            "certificate" if key == "cert" else key: value
+            for key, value in msgspec.structs.asdict(tls).items()
+            if value
+        }
+        self._judged(("tls",), given, lambda keywords: TlsConfig.build(**keywords))
+        return given
+
+    def _image(self, number: int, export: _Export) -> ImageConfig:
+        at: _Path = ("export", number)
+        path = self._judged((*at, "path"), export.path, ImageConfig.from_path)
+        rules = tuple(
+            self._rule((*at, "access", index), rule)
+            for index, rule in enumerate(export.access)
+        )
+
+        def build(name: str) -> ImageConfig:
+            return ImageConfig(
+                name=name,
+                path=export.path,
+                format=export.format,
+                read_only=export.read_only,
+                description=export.description,
+                cache=export.cache,
+                allow_backing=tuple(export.allow_backing),
+                snapshot=export.snapshot,
+                allocation_depth=export.allocation_depth,
+                bitmaps=tuple(export.bitmaps),
+                tls_only=export.tls_only,
+                access=rules,
+            )
+
+        name = path.name if export.name is None else export.name
+        return self._judged(at, name, build)
+
+    def _rule(self, at: _Path, rule: _Access) -> AccessRule:
+        for key, value in msgspec.structs.asdict(rule).items():
+            if value == []:
+                text = "an empty list would be met by everybody: leave it out"
+                self._refuse((*at, key.replace("_", "-")), text)
+        return AccessRule(
+            allow=rule.allow,
+            certificates=tuple(_listed(rule.certificate)),
+            psk_users=tuple(_listed(rule.psk_user)),
+            networks=self._each((*at, "network"), _listed(rule.network), parse_network),
+            users=tuple(_listed(rule.user)),
+        )
+
+    # Complaints
+
+    def _judged(
+        self, at: _Path, value: Any, parse: Callable[[Any], _Parsed]
+    ) -> _Parsed:
+        """Parse a value; a complaint about it gets its line."""
+        try:
+            return parse(value)
+        except ConfigError as error:
+            self._refuse(at, str(error))
+
+    def _each(
+        self, at: _Path, values: Sequence[str], parse: Callable[[str], _Parsed]
+    ) -> tuple[_Parsed, ...]:
+        return tuple(self._judged(at, value, parse) for value in values)
+
+    def _explain(self, complaint: str) -> NoReturn:
+        """Say where a complaint of msgspec is from."""
+        if found := _UNKNOWN.fullmatch(complaint):
+            at = _path(found[2])
+            tables = tuple(part for part in at if isinstance(part, str))
+            known = _KEYS[tables].__struct_encode_fields__
+            self._refuse((*at, found[1]), _unknown(found[1], known))
+        found = _OTHER.fullmatch(complaint)
+        text, at = (found[1], _path(found[2])) if found else (complaint, [])
+        key = f"{at[-1]}: " if at and isinstance(at[-1], str) else ""
+        self._refuse(at, key + text.replace("`", "").replace("Object m", "m"))
+
+    def _refuse(self, at: _Path, text: str) -> NoReturn:
+        line = self._line_of(at)
+        raise ConfigError(f"{self._path}, line {line}: {text}")
+
+    def _line_of(self, at: _Path) -> int:
+        """Return the line on which the value at a path begins.
+
+        It is the one that has to be added to a beginning of the file before the parser
+        finds the value: then this can't disagree with the parser.
+        """
+        lines = self._text.splitlines(keepends=True)
+        start = 1
+        for number in range(1, len(lines) + 1):
+            try:
+                tables = tomllib.loads("".join(lines[:number]))
+            except tomllib.TOMLDecodeError:
+                continue  # inside of a value that takes several lines
+            if _holds(tables, at):
+                return start
+            start = number + 1
+        return 1
+
+
+def _holds(value: Any, at: _Path) -> bool:
+    """Tell whether there is a value at a path."""
+    for part in at:
+        if isinstance(part, str):
+            if not isinstance(value, dict) or part not in value:
+                return False
+        elif not isinstance(value, list) or part >= len(value):
+            return False
+        value = value[part]
+    return True
+
+
+def _path(text: str | None) -> list[str | int]:
+    """Read a path as msgspec writes it: `$.export[1].access`."""
+    parts = re.findall(r"\.([^.\[]+)|\[(\d+)\]", text or "")
+    return [name or int(number) for name, number in parts]
+
+
+def _unknown(name: str, known: Collection[str]) -> str:
+    near = get_close_matches(name, known, n=1)
+    hint = f": did you mean {near[0]}?" if near else ""
+    return f"unknown key {name!r}{hint}"
+
+
+def _listed(value: Any) -> list[Any]:
+    """Return what may be given alone, or not at all, as a list."""
+    if value is None:
+        return []
+    return value if isinstance(value, list) else [value]
