@@ -35,10 +35,19 @@ def _qemu(aio: str) -> Callable[[Path, Path], Server]:
     return start
 
 
+#: On tmpfs, as the systemd unit's /run/nbdserve is.
+STATE_DIR = Path("/dev/shm/nbdserve-bench")
+
+
 def _nbdserve(image_format: str) -> Callable[[Path, Path], Server]:
     def start(image: Path, directory: Path) -> Server:
+        STATE_DIR.mkdir(mode=0o700, exist_ok=True)
         return nbdserve(
-            image, directory, image_format=image_format, transports=["unix"]
+            image,
+            directory,
+            image_format=image_format,
+            transports=["unix"],
+            options=["--state-dir", str(STATE_DIR)],
         )
 
     return start

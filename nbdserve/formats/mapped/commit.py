@@ -39,6 +39,10 @@ Freed = tuple[int, int]
 _WRITES_PER_TURN: Final = 128
 
 
+#: Held words that start a commit before its time: they keep their tables in memory.
+_MOST_HELD: Final = 1 << 16
+
+
 class Committer:
     """Publishes, holds and commits the words of one image.
 
@@ -185,6 +189,8 @@ class Committer:
         self._held[key] = in_file
         self.dirty = True
         self._schedule()
+        if len(self._held) == _MOST_HELD:
+            self._start()
 
     def free(self, host_offset: int, length: int) -> None:
         """Take a reference from clusters that no entry names any more.
