@@ -19,7 +19,8 @@ from nbdserve.storage.base import Buffer, Storage
 
 SECTOR: Final = 512
 ZERO_SECTOR: Final = bytes(SECTOR)
-_KINDS: Final = ("write", "zero", "truncate", "flush")
+#: How many turns of the loop a call may take.
+_TURNS: Final = (0, 0, 1, 1, 2, 4, 9)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +81,16 @@ class Failed:
     request: int
 
 
-Event = Applied | Sized | Ended | Synced | Redone | Began | Acknowledged | Failed
+@dataclass(frozen=True, slots=True)
+class Faulted:
+    """A changing call failed on command."""
+
+    kind: str
+
+
+Event = (
+    Applied | Sized | Ended | Synced | Redone | Began | Acknowledged | Failed | Faulted
+)
 
 
 @dataclass(slots=True)
@@ -146,7 +156,9 @@ class Disk(Storage):
     async def suspend(self) -> None:
         """Let others run, for a random while."""
         if self._chance is not None:
-            for _ in range(self._chance.choice((0, 0, 1, 1, 2, 4, 9))):
+            # now and then so long that everything else goes on meanwhile
+            turns = 80 if self._chance.random() < 0.03 else self._chance.choice(_TURNS)
+            for _ in range(turns):
                 await asyncio.sleep(0)
 
     # -- reading
@@ -267,6 +279,7 @@ class Disk(Storage):
         fault = self.fault
         if fault is not None and fault.at <= number < fault.at + fault.lasting:
             self.hit.append(kind)
+            self.note(Faulted(kind))
             return fault
         return None
 

@@ -1,0 +1,221 @@
+"""The images that crash: small, made by qemu-img, with content in them or below them.
+
+All of them fit into a few hundred sectors, so that a state is built, opened, read
+and checked in about two milliseconds.
+"""
+
+import os
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Final
+
+from nbdserve.block.device import BlockDevice, Hole
+from nbdserve.block.extents import Extent
+from nbdserve.formats.mapped.image import MappedImage
+from nbdserve.formats.qcow1.open import Qcow1Driver
+from nbdserve.formats.qcow2.open import Qcow2Driver
+from tests.crash.disk import Disk
+from tests.helpers.tools import run
+
+KIB: Final = 1 << 10
+
+
+@dataclass(frozen=True, slots=True)
+class Flavour:
+    """How to make an image.
+
+    Attributes:
+        format: qcow or qcow2.
+        size: Bytes of the disk.
+        options: For `-o` of qemu-img.
+        filled: Whether it has content of its own.
+        compressed: Whether that is compressed.
+        snapshot: Whether a snapshot shares that.
+        backing: Bytes of the backing file, 0 for none.
+        compressed_backing: Whether the backing file is a compressed qcow2 image.
+        pool: Clusters that are reserved at a time.
+        padding: Bytes of the file, if it is to be longer than it has to.
+    """
+
+    format: str = "qcow2"
+    size: int = 100 * KIB
+    options: str = ""
+    filled: bool = False
+    compressed: bool = False
+    snapshot: bool = False
+    backing: int = 0
+    compressed_backing: bool = False
+    pool: int = 8
+    padding: int = 0
+
+
+_4K: Final = "cluster_size=4k"
+_V2: Final = "compat=0.10,cluster_size=4k"
+_512: Final = "cluster_size=512"
+
+FLAVOURS: Final = {
+    "v3": Flavour(options=_4K),
+    "v2": Flavour(options=_V2, size=97 * KIB + 512),
+    "v1": Flavour(format="qcow"),
+    "v3-filled": Flavour(options=_4K, filled=True, size=64 * KIB + 1536),
+    "v3-512": Flavour(options=_512, size=80 * KIB),
+    "v3-512-refcount-1": Flavour(options=_512 + ",refcount_bits=1", size=48 * KIB),
+    "v3-512-refcount-64": Flavour(options=_512 + ",refcount_bits=64", size=80 * KIB),
+    "v3-512-many-blocks": Flavour(
+        options=_512 + ",refcount_bits=64", size=60 * KIB, pool=200
+    ),
+    "v3-512-table-grows": Flavour(
+        options=_512 + ",refcount_bits=64",
+        size=80 * KIB,
+        pool=150,
+        padding=4060 * 512,
+    ),
+    "v3-64k": Flavour(size=384 * KIB),
+    "v3-backed": Flavour(options=_4K, backing=70 * KIB + 512),
+    "v2-backed": Flavour(options=_V2, backing=70 * KIB + 512),
+    "v1-backed": Flavour(format="qcow", backing=70 * KIB + 512, size=90 * KIB),
+    "v3-over-compressed": Flavour(
+        options=_4K, backing=72 * KIB, compressed_backing=True
+    ),
+    "v3-compressed": Flavour(options=_4K, filled=True, compressed=True),
+    "v2-compressed": Flavour(options=_V2, filled=True, compressed=True),
+    "v1-compressed": Flavour(format="qcow", filled=True, compressed=True),
+    "v3-snapshot": Flavour(options=_4K, filled=True, snapshot=True),
+    "v2-snapshot": Flavour(options=_V2, filled=True, snapshot=True),
+    "v3-512-snapshot": Flavour(
+        options=_512 + ",refcount_bits=8",
+        filled=True,
+        snapshot=True,
+        size=70 * KIB,
+    ),
+}
+
+
+class Base(BlockDevice):
+    """A backing disk that outlives the images above it."""
+
+    def __init__(self, content: bytes) -> None:
+        self.size = len(content)
+        self.read_only = True
+        self.preferred_block = 4096
+        self.can_trim = self.can_fast_zero = False
+        self._content = content
+
+    async def read_into(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
+        piece = self._content[offset : offset + len(buffer)]
+        buffer[:] = piece
+        return () if any(piece) else ((0, len(piece)),)
+
+    async def write(self, offset: int, data: object, *, fua: bool = False) -> None:
+        raise AssertionError("the backing file is written")
+
+    async def write_zeroes(
+        self,
+        offset: int,
+        length: int,
+        *,
+        may_unmap: bool = True,
+        fast_only: bool = False,
+        fua: bool = False,
+    ) -> None:
+        raise AssertionError("the backing file is written")
+
+    async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
+        raise AssertionError("the backing file is written")
+
+    async def flush(self) -> None:
+        pass
+
+    async def block_status(
+        self, offset: int, length: int, *, max_extents: int = 1 << 20
+    ) -> list[Extent]:
+        raise AssertionError("nobody asks")
+
+    async def close(self) -> None:
+        pass
+
+
+@dataclass(slots=True)
+class Image:
+    """An image as it is before a run.
+
+    Attributes:
+        flavour: How it was made.
+        folder: Where qemu-img finds its backing file.
+        content: The file.
+        guest: What the guest sees.
+        base: Its backing disk.
+    """
+
+    flavour: Flavour
+    folder: Path
+    content: bytes
+    guest: bytes
+    base: bytes | None = None
+    _driver: Qcow1Driver | Qcow2Driver = field(default_factory=Qcow2Driver)
+
+    async def open(self, disk: Disk) -> MappedImage:
+        """Open for writing, with a pool small enough to run dry."""
+        base = Base(self.base) if self.base is not None else None
+        image = await self._driver.open(
+            disk, read_only=False, backing=base, writethrough=False
+        )
+        assert isinstance(image, MappedImage)
+        assert image._space is not None
+        bits = max(image._parts.geometry.cluster_bits, 16)
+        image._space.pool._bytes = self.flavour.pool << bits
+        image._space.commit._interval_s = 3600.0
+        return image
+
+
+def make(name: str, folder: Path) -> Image:
+    """Make the image of a flavour."""
+    flavour = FLAVOURS[name]
+    chance = random.Random(name)
+    path = folder / "image"
+    base = None
+    argv: list[str | Path] = ["qemu-img", "create", "-q", "-f", flavour.format]
+    options = ["-o", flavour.options] if flavour.options else []
+    if flavour.backing:
+        base = _pattern(flavour.backing, chance)
+        (folder / "base.raw").write_bytes(base)
+        backing = ["-b", "base.raw", "-F", "raw"]
+        if flavour.compressed_backing:
+            run("qemu-img", "convert", "-c", "-O", "qcow2", "-o", _4K,
+                folder / "base.raw", folder / "base.qcow2")  # fmt: skip
+            backing = ["-b", "base.qcow2", "-F", "qcow2"]
+        run(*argv, *options, *backing, path, str(flavour.size))
+        guest = base.ljust(flavour.size, b"\0")
+    elif flavour.filled:
+        guest = _pattern(flavour.size, chance)
+        raw = folder / "content.raw"
+        raw.write_bytes(guest)
+        argv = ["qemu-img", "convert", "-f", "raw", "-O", flavour.format, *options]
+        if flavour.compressed:
+            # qemu-img 7.2 writes a compressed qcow image well, and then exits 1
+            run(*argv, "-c", raw, path, expect=[0, 1])
+        else:
+            run(*argv, raw, path)
+    else:
+        run(*argv, *options, path, str(flavour.size))
+        guest = bytes(flavour.size)
+    if flavour.snapshot:
+        run("qemu-img", "snapshot", "-c", "before", path)
+    if flavour.padding:
+        os.truncate(path, flavour.padding)
+    driver = Qcow1Driver() if flavour.format == "qcow" else Qcow2Driver()
+    return Image(flavour, folder, path.read_bytes(), guest, base, driver)
+
+
+def _pattern(size: int, chance: random.Random) -> bytes:
+    """Return content of which every sector is known, with holes."""
+    content = bytearray(size)
+    for start in range(0, size, 4096):
+        if chance.random() < 0.25:
+            continue
+        for offset in range(start, min(start + 4096, size), 512):
+            stamp = b"before %d;" % (offset // 512) * 64
+            content[offset : offset + 512] = stamp[: min(512, size - offset)]
+    return bytes(content)

@@ -1,0 +1,331 @@
+"""Faults planted into the engine, each of which the crash tests have to find."""
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final
+
+import pytest
+
+from nbdserve.formats.mapped.allocator import Allocator
+from nbdserve.formats.mapped.commit import Committer
+from nbdserve.formats.mapped.pool import Pool
+from nbdserve.formats.mapped.tables import Table, Tables, encode_words
+from nbdserve.formats.qcow2.refcount_block import Block
+from nbdserve.formats.qcow2.refcounts import RefcountedPool
+
+Patch = pytest.MonkeyPatch
+_SECTOR_WORDS: Final = 64
+
+
+@dataclass(frozen=True, slots=True)
+class Planted:
+    """A fault.
+
+    Attributes:
+        plant: Patches the engine.
+        flavours: Images on which it shows.
+        redo: Whether there is a redo log.
+        live: Whether it shows without a crash, in many busy runs.
+    """
+
+    plant: Callable[[Patch], None]
+    flavours: tuple[str, ...]
+    redo: bool = True
+    live: bool = False
+
+
+async def _nothing(*_: object, **__: object) -> None:
+    """Be skipped."""
+
+
+def _follow_commits(patch: Patch, skip: Callable[[Committer, bool], bool]) -> None:
+    """Skip barriers of commits; `skip` is told whether the held words are written."""
+    barrier, commit, write = (
+        Committer.barrier,
+        Committer._commit,
+        Committer._write_words,
+    )
+    written: set[int] = set()
+
+    async def new_barrier(self: Committer) -> None:
+        if not skip(self, id(self) in written):
+            await barrier(self)
+
+    async def new_commit(self: Committer) -> None:
+        written.discard(id(self))
+        await commit(self)
+
+    async def new_write(self: Committer, words: Any) -> None:
+        await write(self, words)
+        written.add(id(self))
+
+    patch.setattr(Committer, "barrier", new_barrier)
+    patch.setattr(Committer, "_commit", new_commit)
+    patch.setattr(Committer, "_write_words", new_write)
+
+
+def no_barrier_a(patch: Patch) -> None:
+    """Held words are written before their data is durable."""
+    _follow_commits(patch, lambda commit, done: bool(commit._committing) and not done)
+
+
+def no_barrier_b(patch: Patch) -> None:
+    """A flush is acknowledged before the held words are durable."""
+    _follow_commits(patch, lambda commit, done: bool(commit._committing) and done)
+
+
+def refcount_after_link(patch: Patch) -> None:
+    """Clusters are linked before their refcount is durable."""
+    take = Pool.take
+
+    def new_take(self: Pool, count: int, *, soft: bool = False) -> Any:
+        grant = take(self, count, soft=True)
+        return grant and grant._replace(durable=True)
+
+    patch.setattr(Pool, "take", new_take)
+
+
+def l1_before_l2(patch: Patch) -> None:
+    """An L2 table is linked before its refcount and its zeros are durable."""
+
+    def take_whole(self: Pool, count: int) -> Any:
+        for run in self._runs:
+            if run.count >= count:
+                return self._cut(run, count)
+        return None
+
+    patch.setattr(Pool, "take_whole", take_whole)
+
+
+def copied_table_not_durable(patch: Patch) -> None:
+    """The copy of a shared L2 table is linked before it is durable."""
+    alloc = Allocator._l2_alloc
+
+    async def l2_alloc(self: Allocator, allocation: Any) -> None:
+        self._commit.barrier = _nothing  # type: ignore[method-assign]
+        try:
+            await alloc(self, allocation)
+        finally:
+            del self._commit.barrier
+
+    patch.setattr(Allocator, "_l2_alloc", l2_alloc)
+
+
+async def _release(commit: Committer, host_offset: int, length: int) -> None:
+    assert commit._release is not None
+    await commit._release([(host_offset, length)])
+
+
+def reuse_before_commit(patch: Patch) -> None:
+    """Freed clusters are free at once."""
+
+    def free(self: Committer, host_offset: int, length: int) -> None:
+        task = asyncio.get_running_loop().create_task(
+            _release(self, host_offset, length)
+        )
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
+        self.dirty = True
+
+    patch.setattr(Committer, "free", free)
+
+
+def punch_before_commit(patch: Patch) -> None:
+    """Freed clusters are punched at once, though reused only after their commit."""
+    old_free = Committer.free
+
+    def free(self: Committer, host_offset: int, length: int) -> None:
+        old_free(self, host_offset, length)
+        task = asyncio.get_running_loop().create_task(
+            self._storage.punch(host_offset, length)
+        )
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
+
+    patch.setattr(Committer, "free", free)
+
+
+def no_pins(patch: Patch) -> None:
+    """Freed clusters are reused while reads and writes that name them are under way."""
+
+    async def give_back(self: Committer, freed: Any) -> None:
+        assert self._release is not None
+        await self._release(freed)
+
+    patch.setattr(Committer, "_give_back", give_back)
+
+
+def early_acknowledgement(patch: Patch) -> None:
+    """A held word is acknowledged though nothing would bring it back."""
+    hold = Committer._hold
+
+    def new_hold(self: Committer, *words: Any) -> bool:
+        hold(self, *words)
+        return True
+
+    patch.setattr(Committer, "_hold", new_hold)
+
+
+def copies_not_held(patch: Patch) -> None:
+    """What had to copy is linked before its data is durable."""
+    change = Committer.change
+
+    async def new_change(
+        self: Committer, table: Table, index: int, words: Any, kind: int, *, hold: bool
+    ) -> bool:
+        return await change(self, table, index, words, kind, hold=False)
+
+    patch.setattr(Committer, "change", new_change)
+
+
+def whole_sectors(patch: Patch) -> None:
+    """A published word takes its held neighbours with it."""
+    change = Committer.change
+
+    async def new_change(
+        self: Committer, table: Table, index: int, words: Any, kind: int, *, hold: bool
+    ) -> bool:
+        survives = await change(self, table, index, words, kind, hold=hold)
+        if not hold:
+            first = index // _SECTOR_WORDS * _SECTOR_WORDS
+            sector = table.words[first : first + _SECTOR_WORDS]
+            await self._storage.write(
+                table.host_offset + 8 * first, encode_words(sector)
+            )
+        return survives
+
+    patch.setattr(Committer, "change", new_change)
+
+
+def dirty_tables_evicted(patch: Patch) -> None:
+    """Tables leave the cache while words of them are in memory only."""
+    keep, commit, create = Committer._keep, Committer._commit, Tables.__init__
+
+    def new_keep(
+        self: Committer, table: Table, index: int, in_file: int | None
+    ) -> None:
+        users = table.users
+        keep(self, table, index, in_file)
+        table.users = users
+
+    async def new_commit(self: Committer) -> None:
+        for table, _ in self._held:
+            table.users += 1
+        await commit(self)
+
+    def new_create(self: Tables, *parts: Any, **options: Any) -> None:
+        create(self, *parts, **options)
+        self._capacity = 1
+
+    patch.setattr(Committer, "_keep", new_keep)
+    patch.setattr(Committer, "_commit", new_commit)
+    patch.setattr(Tables, "__init__", new_create)
+
+
+def block_not_durable(patch: Patch) -> None:
+    """A refcount block is entered into the table before it is durable."""
+    write_fresh = RefcountedPool._write_fresh
+
+    async def new_write(self: RefcountedPool, *blocks: Any) -> Any:
+        barrier = self._barrier
+        self._barrier = _nothing
+        try:
+            return await write_fresh(self, *blocks)
+        finally:
+            self._barrier = barrier
+
+    patch.setattr(RefcountedPool, "_write_fresh", new_write)
+
+
+def blocks_in_any_order(patch: Patch) -> None:
+    """A refcount block is entered before the one that counts it."""
+    enter = RefcountedPool._enter
+
+    async def new_enter(self: RefcountedPool, blocks: dict[int, Block]) -> None:
+        await enter(self, dict(reversed(blocks.items())))
+
+    patch.setattr(RefcountedPool, "_enter", new_enter)
+    patch.setattr(RefcountedPool, "_counted_in", lambda _self, _block: -1)
+
+
+def table_moved_too_early(patch: Patch) -> None:
+    """The header names a new refcount table before that is durable."""
+    move = RefcountedPool._move_table
+
+    async def new_move(self: RefcountedPool, *place: Any) -> None:
+        barrier = self._barrier
+        self._barrier = _nothing
+        try:
+            await move(self, *place)
+        finally:
+            self._barrier = barrier
+
+    patch.setattr(RefcountedPool, "_move_table", new_move)
+
+
+def flush_joins_a_running_commit(patch: Patch) -> None:
+    """A flush is content with a commit that began before it."""
+    flush = Committer.flush
+
+    async def new_flush(self: Committer) -> None:
+        if self._running is not None:
+            await asyncio.wait([self._running])
+            self.check()
+        else:
+            await flush(self)
+
+    patch.setattr(Committer, "flush", new_flush)
+
+
+def flush_does_not_wait(patch: Patch) -> None:
+    """A flush is acknowledged when its commit has begun."""
+
+    async def new_flush(self: Committer) -> None:
+        self._start()
+
+    patch.setattr(Committer, "flush", new_flush)
+
+
+def redo_dead_too_early(patch: Patch) -> None:
+    """Records are declared dead before their words are in the file."""
+    commit = Committer._commit
+
+    async def new_commit(self: Committer) -> None:
+        if self.redo is not None:
+            self.redo.committed(self.redo.sequence)
+        await commit(self)
+
+    patch.setattr(Committer, "_commit", new_commit)
+
+
+def reused_without_zeroing(patch: Patch) -> None:
+    """Clusters keep the bytes that they had in their earlier life."""
+    patch.setattr(Pool, "_zero", _nothing)
+
+
+_COPYING: Final = ("v3-backed", "v3-snapshot", "v3-compressed")
+PLANTED: Final = {
+    each.plant.__name__: each
+    for each in (
+        Planted(no_barrier_a, _COPYING),
+        Planted(no_barrier_b, _COPYING),
+        Planted(refcount_after_link, ("v3", "v2", "v3-512")),
+        Planted(l1_before_l2, ("v3-512", "v3-512-refcount-1")),
+        Planted(copied_table_not_durable, ("v3-snapshot", "v3-512-snapshot")),
+        Planted(reuse_before_commit, ("v3-filled", "v3-compressed", "v1")),
+        Planted(punch_before_commit, ("v3-filled", "v3-compressed")),
+        Planted(no_pins, ("v3-filled", "v1", "v2"), live=True),
+        Planted(early_acknowledgement, _COPYING, redo=False),
+        Planted(copies_not_held, _COPYING),
+        Planted(whole_sectors, _COPYING),
+        Planted(dirty_tables_evicted, ("v3-512-snapshot",)),
+        Planted(block_not_durable, ("v3-512-many-blocks",)),
+        Planted(blocks_in_any_order, ("v3-512-many-blocks",)),
+        Planted(table_moved_too_early, ("v3-512-table-grows",)),
+        Planted(flush_joins_a_running_commit, ("v3-filled", "v3-backed")),
+        Planted(flush_does_not_wait, ("v3", "v1")),
+        Planted(redo_dead_too_early, _COPYING),
+        Planted(reused_without_zeroing, ("v3-filled", "v1")),
+    )
+}
