@@ -17,7 +17,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from errno import ENOSPC, EOPNOTSUPP
+from errno import EFBIG, ENOSPC, EOPNOTSUPP
 from typing import Final, NamedTuple
 
 from nbdserve.errors import ImageCorruptError
@@ -94,6 +94,7 @@ class Pool(ABC):
         self._waiters: list[asyncio.Future[None]] = []
         self._bytes = _FIRST
         self._refilled_at = 0.0
+        self._soft = False
 
     # -- what the format does
 
@@ -139,6 +140,7 @@ class Pool(ABC):
         Returns:
             None if the pool has none; then `refill` waits for more.
         """
+        self._soft = soft
         for run in self._runs:
             if run.durable or soft:
                 return self._cut(run, min(count, run.count))
@@ -162,7 +164,9 @@ class Pool(ABC):
         return grant
 
     def _low(self) -> bool:
-        return sum(run.count for run in self._runs) < self._target // 2
+        # Who takes soft clusters need not wait if the next barrier comes too late.
+        share = 8 if self._soft else 2
+        return sum(run.count for run in self._runs) < self._target // share
 
     @property
     def _target(self) -> int:
@@ -255,7 +259,9 @@ class Pool(ABC):
         elif end > self._storage.size:
             try:
                 await self._storage.truncate(end)
-            except OSError:
+            except OSError as error:
+                if error.errno != EFBIG:
+                    raise
                 # larger than the file system or a limit allows: just what is needed
                 count = contiguous
                 await self._storage.truncate((start + count) << self._cluster_bits)

@@ -137,6 +137,17 @@ async def test_waiters_share_a_refill_and_its_failure() -> None:
     await bench.pool.close()
 
 
+async def test_a_file_that_may_not_grow_so_far_grows_as_needed() -> None:
+    bench = Bench()
+    bench.storage.fault = Fault(at=0, kinds=frozenset({"truncate"}), error=errno.EFBIG)
+    before = bench.memory.size
+    await bench.pool.refill(3)
+    assert bench.pool.take_whole(3) is not None
+    assert bench.pool.take(1) is None
+    assert bench.memory.size - before <= 4 * CLUSTER
+    await bench.pool.close()
+
+
 async def test_clusters_of_a_failed_reservation_are_not_lost() -> None:
     bench = Bench()
     reserve = bench.pool._reserve
