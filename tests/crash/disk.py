@@ -288,7 +288,10 @@ class Disk(Storage):
 
     def _apply_part(self, call: int, offset: int, data: Buffer, fault: Fault) -> None:
         length = int(len(data) * fault.part)
-        if length:
+        if length < len(data):
+            # A short write ends at the end of a sector, or rather of a page.
+            length -= (offset + length) % SECTOR
+        if length > 0:
             self._apply(call, offset, memoryview(data)[:length])
 
     def _apply(self, call: int, offset: int, data: Buffer) -> None:

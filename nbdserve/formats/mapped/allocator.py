@@ -135,29 +135,51 @@ class Allocator:
             self._tables_busy.enter(number)
             try:
                 await self._prepare()
-                table = await self._tables.load(number)
-                if table is None:
-                    return await self._allocate_table(TableAllocation(number, None))
-                # A table that left the cache meanwhile would be loaded a second time.
-                table.users += 1
-                try:
-                    if await self._owned(table.host_offset, True):
-                        table.owned = True
-                        return table
-                    return await self._allocate_table(TableAllocation(number, table))
-                finally:
-                    table.users -= 1
+                table = await self._own_table(number)
             finally:
                 self._tables_busy.leave(number)
+            if table is not None:
+                return table
 
-    async def _allocate_table(self, allocation: TableAllocation) -> Table:
+    async def _own_table(self, number: int) -> Table | None:
+        """Load a table and see whose it is, or allocate one; None if it must be looked for again."""
+        table = await self._tables.load(number)
+        if table is None:
+            return await self._allocate_table(TableAllocation(number, None))
+        # A table that left the cache meanwhile would be loaded a second time.
+        table.users += 1
+        try:
+            if await self._owned(table.host_offset, True):
+                table.owned = True
+                return table
+            return await self._allocate_table(TableAllocation(number, table))
+        finally:
+            table.users -= 1
+
+    async def _allocate_table(self, allocation: TableAllocation) -> Table | None:
         try:
             await self._l2_alloc(allocation)
             allocation.step = Step.L2_LINK
-            return await self._l2_link(allocation)
+            survives = await self._l2_link(allocation)
         except BaseException:
             self._roll_table_back(allocation)
             raise
+        number, old = allocation.number, allocation.old
+        table = Table.empty(number, allocation.host_offset, self._geometry.l2_entries)
+        first = allocation.host_offset >> self._geometry.cluster_bits
+        self._pool.tables.update(range(first, first + self._table_clusters))
+        if old is not None:
+            table.words[:] = old.words
+            table.kinds[:] = bytes(len(old.words))
+            del self._tables.cached[number]
+            self._commit.free(old.host_offset, self._geometry.l2_bytes)
+        if survives:
+            self._tables.add(table)
+            return table
+        # An earlier write of this L1 word failed, so it waits for a commit. Nobody
+        # may write to the table before: killing the server would lose that.
+        await self._commit.flush()
+        return None
 
     async def _l2_alloc(self, allocation: TableAllocation) -> None:
         """L2_ALLOC: take clusters that read as zeros; copy the shared table there."""
@@ -172,35 +194,16 @@ class Allocator:
             # the copy has to be durable before the L1 entry that names it
             await self._commit.barrier()
 
-    async def _l2_link(self, allocation: TableAllocation) -> Table:
-        """L2_LINK: point the L1 entry at the table."""
-        number, old = allocation.number, allocation.old
+    async def _l2_link(self, allocation: TableAllocation) -> bool:
+        """L2_LINK: point the L1 entry at the table; return whether that survives a kill."""
         word = self._codec.link(allocation.host_offset)
-        survives = await self._commit.change(
-            self._tables.l1, number, array("Q", [word]), OWNED, hold=False
+        return await self._commit.change(
+            self._tables.l1, allocation.number, array("Q", [word]), OWNED, hold=False
         )
-        first = allocation.host_offset >> self._geometry.cluster_bits
-        self._pool.tables.update(range(first, first + self._table_clusters))
-        table = Table.empty(number, allocation.host_offset, self._geometry.l2_entries)
-        if old is not None:
-            table.words[:] = old.words
-            table.kinds[:] = bytes(len(old.words))
-            del self._tables.cached[number]
-            self._commit.free(old.host_offset, self._geometry.l2_bytes)
-        self._tables.add(table)
-        if not survives:
-            table.users += 1
-            try:
-                await self._commit.flush()
-            finally:
-                table.users -= 1
-        return table
 
     def _roll_table_back(self, allocation: TableAllocation) -> None:
         """Give the clusters back; in step L2_LINK the L1 entry may be in the file."""
-        cached = self._tables.cached.get(allocation.number)
-        linked = cached is not None and cached.host_offset == allocation.host_offset
-        if allocation.host_offset and not linked:
+        if allocation.host_offset:
             length = self._table_clusters << self._geometry.cluster_bits
             self._commit.free(allocation.host_offset, length)
 
@@ -252,7 +255,12 @@ class Allocator:
         word = table.words[index]
         owned = await self._owned(word & self._codec.l2_offset_mask, False)
         if table.words[index] == word and table.kinds[index] == NORMAL:
-            table.kinds[index] = OWNED if owned else SHARED
+            if not owned:
+                table.kinds[index] = SHARED
+            elif self._commit.holds(table, index):
+                table.kinds[index] = UNPUBLISHED
+            else:
+                table.kinds[index] = OWNED
 
     async def _write_unpublished(
         self, table: Table, index: int, guest_offset: int, data: memoryview

@@ -72,6 +72,8 @@ class Committer:
         self._pins = pins
         self._interval_s = interval_s
         self._held: dict[Key, int | None] = {}
+        # words held without a record so far, and how many of them commits have written
+        self._exposures = self._covered = 0
         self._committing: dict[Key, int | None] = {}
         self._commit_ended: list[asyncio.Future[None]] = []
         self._freed: list[Freed] = []
@@ -145,12 +147,28 @@ class Committer:
             await self._storage.put(offset, data)
         except BaseException:
             for position in range(index, index + count):
+                if table.kinds[position] == OWNED:
+                    # What is written there now may not be what the file names.
+                    table.kinds[position] = UNPUBLISHED
                 self._keep(table, position, None)
+            self._exposures += 1
             raise
         self.dirty = True
         table.words[index : index + count] = words
         table.kinds[index : index + count] = bytes((kind,)) * count
         return True
+
+    @property
+    def exposed(self) -> bool:
+        """Whether killing the server now would bring back words of before.
+
+        Who finds that there is nothing to do must not say so before the next commit.
+        """
+        return self._exposures != self._covered
+
+    def holds(self, table: Table, index: int) -> bool:
+        """Return whether the file may say something else than this word."""
+        return (table, index) in self._held or (table, index) in self._committing
 
     @staticmethod
     def _meets(
@@ -179,6 +197,8 @@ class Committer:
                 UNPUBLISHED if kind == OWNED and not logged else kind
             )
             self._keep(table, position, in_file)
+        if not survives:
+            self._exposures += 1
         return survives
 
     def _keep(self, table: Table, index: int, in_file: int | None) -> None:
@@ -261,6 +281,7 @@ class Committer:
         # The freeze: from here to the next await nothing else runs.
         self.dirty = False
         held, self._held = self._held, {}
+        exposures = self._exposures
         self._committing = held
         words = {key: key[0].words[key[1]] for key in held}
         freed, self._freed = self._freed, []
@@ -272,6 +293,7 @@ class Committer:
                 await self._write_words(words)
             await self.barrier()
             done = True
+            self._covered = exposures
         finally:
             self._committing = {}
             if not done:

@@ -73,7 +73,7 @@ class Discarder:
 
     async def _settle(self, *, fua: bool) -> None:
         self._commit.dirty = True
-        if fua or self._commit.writethrough:
+        if fua or self._commit.writethrough or self._commit.exposed:
             await self._commit.flush()
 
     def _whole_clusters(self, offset: int, end: int) -> tuple[int, int]:
