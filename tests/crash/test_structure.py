@@ -57,7 +57,8 @@ async def opened(
     assert isinstance(image, Qcow2Image)
     if not read_only:
         assert image._space is not None
-        image._space.pool._bytes = 32 * KIB
+        # 64 clusters at a time; clusters smaller than 64 KiB count as that large
+        image._space.pool._bytes = 64 << max(image.header.cluster_bits, 16)
     return image, disk
 
 

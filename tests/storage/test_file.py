@@ -317,7 +317,7 @@ async def test_without_nowait_slow_reads_move_to_threads(
 async def test_slow_punches_move_to_threads(
     path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    clock = iter([100.0, 100.2, 100.3])
+    clock = iter([100.0, 100.2, 100.2 + PAUSE_S / 2])
     monkeypatch.setattr("nbdserve.storage.file.perf_counter", lambda: next(clock))
     storage = FileStorage(path)
     await storage.punch(0, 4096)
