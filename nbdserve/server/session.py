@@ -14,6 +14,7 @@ from typing import Any, Final
 from structlog.typing import FilteringBoundLogger
 
 from nbdserve.block.device import Hole
+from nbdserve.errors import ImageError
 from nbdserve.exports.export import Export
 from nbdserve.observe.counters import ConnectionCounters
 from nbdserve.server.budget import Budget
@@ -96,6 +97,7 @@ class Session:
         "_budget",
         "_contexts",
         "_device",
+        "_disk_failed",
         "_extended",
         "_log",
         "_loop",
@@ -141,6 +143,7 @@ class Session:
             for context in negotiated.meta_contexts
         ]
         self._log = log
+        self._disk_failed = False
         self._tasks: set[asyncio.Task[Any]] = set()
         self.counters = ConnectionCounters()
         self.in_flight = 0
@@ -366,5 +369,14 @@ class Session:
                 "request failed unexpectedly",
                 command=command_name(command),
                 exc_info=failure,
+            )
+        elif isinstance(failure, OSError | ImageError) and not self._disk_failed:
+            # Once for each connection: clients repeat what failed.
+            self._disk_failed = True
+            self._log.error(
+                "the disk failed",
+                command=command_name(command),
+                offset=offset,
+                error=str(failure),
             )
         return self._answers.error(cookie, offset, error, text)
