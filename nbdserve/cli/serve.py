@@ -223,7 +223,8 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
         "--state-dir",
         metavar="DIR",
         help="a folder on tmpfs for what a killed server must remember (default:"
-        " $RUNTIME_DIRECTORY or $XDG_RUNTIME_DIR)",
+        " $RUNTIME_DIRECTORY, $XDG_RUNTIME_DIR or, outside containers,"
+        " /dev/shm/nbdserve-UID)",
     )
 
 
