@@ -14,7 +14,7 @@ from tests.crash.workload import Plan, record
 
 _FULL = bool(os.environ.get("NBDSERVE_FULL"))
 #: Distinct states of each flavour.
-STATES = 11_000 if _FULL else 1_150
+STATES = 11_000 if _FULL else 1_050
 #: Every so often a short run, of which all subsets are tried where up to 12 are pending.
 SHORT_RUN = 6
 ALL_SUBSETS = 4096 if _FULL else 256

@@ -25,14 +25,16 @@ class Block:
     Attributes:
         host_offset: Where it is in the file.
         data: Its bytes.
+        writing: Whether a write of it is under way: until then the file is behind.
     """
 
-    __slots__ = ("_changed", "_order", "data", "host_offset")
+    __slots__ = ("_changed", "_order", "data", "host_offset", "writing")
 
     def __init__(self, host_offset: int, data: bytearray, order: int) -> None:
         """`order` is log2 of the width in bits, 0 to 6."""
         self.host_offset = host_offset
         self.data = data
+        self.writing = False
         self._order = order
         self._changed: tuple[int, int] | None = None
 
@@ -108,7 +110,7 @@ class Block:
     @property
     def clean(self) -> bool:
         """Whether the file has all of it."""
-        return self._changed is None
+        return self._changed is None and not self.writing
 
     def _touch(self, start: int, end: int) -> None:
         if self._changed is None:

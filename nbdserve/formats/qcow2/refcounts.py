@@ -98,6 +98,7 @@ class RefcountedPool(Pool):
         self._blocks: OrderedDict[int, Block] = OrderedDict()
         self._most_blocks = max(4, _CACHE_BYTES >> header.cluster_bits)
         self._searched = 0
+        self._header_in_doubt = False
         self._cluster_size = header.cluster_size
 
     # -- blocks
@@ -150,11 +151,13 @@ class RefcountedPool(Pool):
     async def _write_blocks(self, numbers: list[int]) -> None:
         """Write what changed in these blocks."""
         for number in numbers:
-            block = self._blocks[number]
-            changed = block.changed()
-            if changed is None:
+            block = self._blocks.get(number)
+            # what has left the cache was in the file already
+            changed = block.changed() if block is not None else None
+            if block is None or changed is None:
                 continue
             start, end = changed
+            block.writing = True
             try:
                 await self._storage.put(
                     block.host_offset + start, bytes(block.data[start:end])
@@ -162,6 +165,8 @@ class RefcountedPool(Pool):
             except BaseException:
                 block.keep_changed(changed)
                 raise
+            finally:
+                block.writing = False
 
     def _split(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
         """Cut a run of clusters into (block number, first index, count)."""
@@ -314,6 +319,10 @@ class RefcountedPool(Pool):
         ]
         if not missing:
             return
+        if self._header_in_doubt:
+            # or the blocks could be entered into a table that the header does not name
+            await self._name_table(self._table_offset, len(self._table))
+            self._header_in_doubt = False
         table = self._table
         fresh: dict[int, int] = {}
         self._place(missing, table, fresh)
@@ -399,7 +408,8 @@ class RefcountedPool(Pool):
         """Enter durable new blocks into the refcount table, in the order of `_place`.
 
         A block is entered only after the one that counts it: a cut in between would leave it
-        without a reference, for others to take.
+        without a reference, for others to take. If one can't be entered, those before
+        it stay: they may count blocks of which the file has words.
         """
         waiting: set[int] = set()
         for number, block in blocks.items():
@@ -409,9 +419,9 @@ class RefcountedPool(Pool):
             await self._storage.write(
                 self._table_offset + 8 * number, _WORD.pack(block.host_offset)
             )
+            self._adopt({number: block})
             waiting.add(number)
         await self._barrier()
-        self._adopt(blocks)
 
     def _counted_in(self, block: Block) -> int:
         """Return the number of the block that has a block's own reference."""
@@ -426,10 +436,9 @@ class RefcountedPool(Pool):
         offset = start << self._cluster_bits
         await self._storage.write(offset, encode_words(table))
         await self._barrier()
-        await self._storage.write(
-            REFCOUNT_TABLE_GROUP_OFFSET, encode_refcount_table_group(offset, count)
-        )
-        await self._barrier()
+        self._header_in_doubt = True
+        await self._name_table(offset, len(table))
+        self._header_in_doubt = False
         old_start = self._table_offset >> self._cluster_bits
         old_count = len(self._table) >> self._cluster_bits - 3
         self._table = table
@@ -440,6 +449,14 @@ class RefcountedPool(Pool):
         for run in await self._unreserve([(old_start, old_count)]):
             await self._zero(*run)
             self._keep_free(*run)
+
+    async def _name_table(self, offset: int, entries: int) -> None:
+        """Let the header say where the refcount table is, durably."""
+        await self._storage.write(
+            REFCOUNT_TABLE_GROUP_OFFSET,
+            encode_refcount_table_group(offset, entries >> self._cluster_bits - 3),
+        )
+        await self._barrier()
 
     def _adopt(self, blocks: dict[int, Block]) -> None:
         for number, block in blocks.items():
