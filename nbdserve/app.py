@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import structlog
 import uvloop
 
+from nbdserve.block.layers.window import Window
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.access import Policy
@@ -38,9 +39,6 @@ from nbdserve.server.notify import notify_ready, notify_reloading
 from nbdserve.server.server import Server
 from nbdserve.server.tls import TlsCredentials
 from nbdserve.storage.names import shown
-
-#: Where to listen if nobody says.
-DEFAULT_HOST = "127.0.0.1"
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +144,18 @@ async def _serve(  # noqa: PLR0913
         return
     if not made:
         _note_another_size(config, registry)
-    server = Server(registry, listeners, parts.limits, parts.credentials)
+    server = Server(
+        registry,
+        listeners,
+        parts.limits,
+        parts.credentials,
+        at_once=config.at_once,
+    )
+    if not config.persistent:
+        server.on_last_client_gone = stop.set
+    if config.at_once == 1:
+        for export in registry:
+            export.multi_conn = False
     reload = Reload(config, parts.reread, server, parts.credentials)
     reload.on_hangup()
     server.start()
@@ -210,7 +219,7 @@ def _listen(config: ServeConfig) -> list[Listener]:
             listeners.append(listen_unix(path, config.unix_mode))
         listeners += [listen_vsock(place.cid, place.port) for place in config.vsock]
         if not listeners:
-            listeners += listen_tcp(DEFAULT_HOST, DEFAULT_PORT)
+            listeners += listen_tcp(config.default_host, DEFAULT_PORT)
     except BaseException:
         for listener in listeners:
             listener.close()
@@ -292,6 +301,12 @@ async def _open(image: ImageConfig, policy: Policy, state_dir: str | None) -> Ex
     )
     for note in device.notes:
         structlog.get_logger().warning(note)
+    if image.offset or not image.discard:
+        try:
+            device = Window(device, image.offset, discard=image.discard)
+        except ConfigError:
+            await device.close()
+            raise
     export = Export(
         image.name,
         device,

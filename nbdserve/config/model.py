@@ -130,6 +130,8 @@ class ImageConfig:
             qemu:dirty-bitmap:NAME.
         tls_only: Whether the export exists only for encrypted connections.
         access: Who may use it; nobody else, unless there are no rules.
+        offset: Bytes of the disk that clients don't see.
+        discard: Whether clients may give storage back.
     """
 
     name: str
@@ -144,6 +146,8 @@ class ImageConfig:
     bitmaps: tuple[str, ...] = ()
     tls_only: bool = False
     access: tuple[AccessRule, ...] = ()
+    offset: int = 0
+    discard: bool = True
 
     def __post_init__(self) -> None:
         """Refuse what the protocol can't carry.
@@ -226,6 +230,9 @@ class ServeConfig:
         create_size: Bytes of the image to make if the only one is missing.
         state_dir: Where redo records go; None leaves it to the environment.
         file: The configuration file, read again with SIGHUP.
+        default_host: Where to listen if nothing says where.
+        persistent: Whether to go on when the last client is gone.
+        at_once: Connections served at a time, others wait; None for no such limit.
     """
 
     images: tuple[ImageConfig, ...]
@@ -239,6 +246,9 @@ class ServeConfig:
     create_size: int | None = None
     state_dir: str | None = None
     file: str | None = None
+    default_host: str = "127.0.0.1"
+    persistent: bool = True
+    at_once: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.

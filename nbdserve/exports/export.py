@@ -28,10 +28,12 @@ class Export:
         contexts: The meta contexts that clients can select, by name.
         clients: How many have chosen it; the server counts.
         policy: Who may use it, and how.
+        multi_conn: Whether one client may use several connections at once.
         retired: Whether it is no longer offered, and its disk about to be closed.
     """
 
     policy = OPEN
+    multi_conn = True
     retired = False
 
     def __init__(
@@ -66,11 +68,12 @@ class Export:
             TransmissionFlag.HAS_FLAGS
             | TransmissionFlag.SEND_FLUSH
             | TransmissionFlag.SEND_FUA
-            # every connection works on the same device, whose flush covers
-            # whatever completed before it, no matter on which connection
-            | TransmissionFlag.CAN_MULTI_CONN
             | TransmissionFlag.SEND_CACHE
         )
+        if self.multi_conn:
+            # every connection works on the same device, whose flush covers
+            # whatever completed before it, no matter on which connection
+            flags |= TransmissionFlag.CAN_MULTI_CONN
         if read_only or device.read_only:
             return flags | TransmissionFlag.READ_ONLY
         flags |= TransmissionFlag.SEND_WRITE_ZEROES

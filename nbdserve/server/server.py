@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import socket
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
 from typing import Any, Final
 
@@ -62,7 +62,11 @@ class Server:
     Attributes:
         registry: The exports. `serve_until` closes their devices in the end.
         listeners: Where clients come from.
+        on_last_client_gone: Called each time nobody is connected any more after a
+            client that had chosen an export.
     """
+
+    on_last_client_gone: Callable[[], None] | None = None
 
     def __init__(
         self,
@@ -70,7 +74,10 @@ class Server:
         listeners: Iterable[Listener],
         limits: Limits | None = None,
         credentials: TlsCredentials | None = None,
+        *,
+        at_once: int | None = None,
     ) -> None:
+        """Begin nothing yet; whoever exceeds `at_once` waits in the backlog."""
         self.registry = registry
         self.listeners = list(listeners)
         self._limits = limits or Limits()
@@ -81,6 +88,7 @@ class Server:
         self._credentials = credentials or TlsCredentials(TlsConfig())
         self._connections: dict[Connection, tuple[Chosen, Client]] = {}
         self._stopping = False
+        self._at_once = at_once
         self._full = False  # somebody was refused since the last one was let in
 
     @property
@@ -129,12 +137,16 @@ class Server:
     # Clients come
 
     def _accept_from(self, listener: Listener) -> None:
-        if not self._stopping:
+        if not self._stopping and not self._enough():
             self._loop.add_reader(listener.sock.fileno(), self._on_client, listener)
 
     def _on_client(self, listener: Listener) -> None:
         """Accept who has connected."""
         for _ in range(_ACCEPTED_PER_TURN):
+            if self._enough():
+                for each in self.listeners:
+                    self._loop.remove_reader(each.sock.fileno())
+                return
             try:
                 sock, address = listener.sock.accept()
             except (BlockingIOError, InterruptedError, ConnectionAbortedError):
@@ -178,8 +190,18 @@ class Server:
         client = self._loop.create_task(self._serve_client(sock, line, handshake))
         self._handshakes[handshake] = client
         self._clients.add(client)
-        client.add_done_callback(self._clients.discard)
+        client.add_done_callback(self._on_client_gone)
         return client
+
+    def _enough(self) -> bool:
+        """Tell whether who comes now has to wait until somebody has gone."""
+        return self._at_once is not None and len(self._clients) >= self._at_once
+
+    def _on_client_gone(self, client: asyncio.Task[None]) -> None:
+        self._clients.discard(client)
+        if self._at_once is not None:
+            for listener in self.listeners:
+                self._accept_from(listener)
 
     def _make_room(self) -> bool:
         """Let go of the client that has been in its handshake for longest.
@@ -263,6 +285,8 @@ class Server:
         finally:
             chosen.export.clients -= 1
             del self._connections[connection]
+            if len(self._clients) == 1 and self.on_last_client_gone is not None:
+                self.on_last_client_gone()
         counters = connection.session.counters
         tell = log.info if connection.blame is None else log.warning
         tell(
