@@ -259,12 +259,22 @@ class Objects:
             raise ConfigError(f"the authorization {name!r} needs identity=")
         if self.by_id[credentials]["qom-type"] == "tls-creds-psk":
             return AccessRule("read-write", psk_users=(identity,))
-        if "=" not in identity:
-            raise ConfigError(
-                f"the authorization {name!r}: identity={identity} is no distinguished"
-                " name such as CN=client,,O=Example"
-            )
-        return AccessRule("read-write", certificates=(identity,))
+        return AccessRule("read-write", certificates=_subjects(name, identity))
+
+
+def _subjects(name: str, identity: str) -> tuple[str, str]:
+    """Return a distinguished name in both orders.
+
+    GnuTLS writes it as it stands in the certificate, which begins with the country or
+    the organisation; RFC 4514, and rules of this server, begin with the common name.
+    """
+    if "=" not in identity or "\\" in identity:
+        raise ConfigError(
+            f"the authorization {name!r}: identity={identity} is no distinguished"
+            " name such as CN=client,,O=Example, or has escaped characters, which are"
+            " not supported"
+        )
+    return identity, ",".join(reversed(identity.split(",")))
 
 
 _OBJECT_OPTIONS = {
