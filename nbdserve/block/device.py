@@ -2,8 +2,8 @@
 
 The contract, which the conformance tests run against each implementation:
 
-- Offsets and lengths are bytes, any alignment. A range that leaves the disk is the
-  caller's bug, not a request: the server judges requests before they get here.
+- Offsets and lengths are bytes, any alignment. A range that leaves the disk is
+  `RequestError` with EINVAL (the server has its own judge before that).
 - A write with `fua` is durable when it returns. When `flush` returns,
   everything that completed before it began is durable.
 - Overlapping writes in flight end as one of them in each 512-byte sector.
@@ -18,7 +18,7 @@ The contract, which the conformance tests run against each implementation:
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from errno import ENOTSUP
+from errno import EINVAL, ENOTSUP
 
 from nbdserve.block.extents import Extent
 from nbdserve.errors import RequestError
@@ -46,6 +46,18 @@ class BlockDevice(ABC):
     can_trim: bool
     can_fast_zero: bool
     notes: Sequence[str] = ()
+
+    def require_range(self, offset: int, length: int) -> None:
+        """Refuse a range that leaves the disk.
+
+        Raises:
+            RequestError: EINVAL.
+        """
+        if offset < 0 or length < 0 or offset + length > self.size:
+            raise RequestError(
+                EINVAL,
+                f"{length} bytes at {offset} are not all on a disk of {self.size} bytes",
+            )
 
     @abstractmethod
     async def read_into(self, offset: int, buffer: memoryview) -> Sequence[Hole]:

@@ -47,6 +47,8 @@ class RawImage(BlockDevice):
 
     async def read_into(self, offset: int, buffer: memoryview) -> Sequence[Hole]:
         """Fill `buffer`; report a hole only where a large read begins with one."""
+        if offset < 0 or offset + len(buffer) > self.size:
+            self.require_range(offset, len(buffer))
         if len(buffer) >= HOLE_QUERY_MIN:
             hole = self._storage.hole_at(offset, len(buffer))
             if hole >= HOLE_MIN:
@@ -66,6 +68,8 @@ class RawImage(BlockDevice):
     ) -> None:
         """Write to the page cache, or through it."""
         self._require_writable()
+        if offset < 0 or offset + len(data) > self.size:
+            self.require_range(offset, len(data))
         if not self._storage.try_write(offset, data):
             await self._storage.write(offset, data)
         if fua or self._writethrough:
@@ -90,6 +94,7 @@ class RawImage(BlockDevice):
     ) -> None:
         """Punch or zero by the file system, else write zeros unless `fast_only`."""
         self._require_writable()
+        self.require_range(offset, length)
         if not await self._zero_quickly(
             offset, length, may_unmap=may_unmap, fast_only=fast_only
         ):
@@ -129,6 +134,7 @@ class RawImage(BlockDevice):
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         """Punch a hole where the file system can; it reads as zeros then."""
         self._require_writable()
+        self.require_range(offset, length)
         try:
             await self._storage.punch(offset, length)
         except OSError as error:
@@ -158,6 +164,7 @@ class RawImage(BlockDevice):
         self, offset: int, length: int, *, max_extents: int = 1 << 20
     ) -> list[Extent]:
         """Tell data from holes as the file system does."""
+        self.require_range(offset, length)
         result: list[Extent] = []
         position = offset
         for piece, is_data in await self._storage.extents(

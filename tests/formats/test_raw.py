@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from nbdserve.block.extents import Extent
 from nbdserve.errors import RequestError
+from nbdserve.formats.create import create_image
+from nbdserve.formats.open import open_image
 from nbdserve.formats.raw import RawImage
 from nbdserve.storage.base import Storage
 from nbdserve.storage.faults import Fault, FaultyStorage, RecordingStorage
@@ -231,3 +233,21 @@ async def test_read_only(on_storage: bool) -> None:
     await image.flush()
     assert await image.read(0, 3) == b"abc"
     await image.close()
+
+
+@pytest.mark.parametrize("format_", ["raw", "qcow2"])
+async def test_ranges_that_leave_the_disk_are_refused(
+    tmp_path: Path, format_: str
+) -> None:
+    path = tmp_path / "disk"
+    create_image(path, 4096, format=format_)
+    async with open_image(path, format=format_) as image:
+        for offset, length in ((-1, 2), (4095, 2), (8192, 1), (4097, 0)):
+            with pytest.raises(RequestError, match="not all on a disk of 4096"):
+                await image.write(offset, b"x" * length)
+            with pytest.raises(RequestError, match="not all on a disk"):
+                await image.read(offset, length)
+            for change in (image.trim, image.write_zeroes, image.block_status):
+                with pytest.raises(RequestError, match="not all on a disk"):
+                    await change(offset, length)
+        assert await image.read(0, 4096) == bytes(4096)

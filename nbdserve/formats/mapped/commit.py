@@ -21,6 +21,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from errno import EIO
 from typing import TYPE_CHECKING, Final
 
+from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.entries import OWNED, UNPUBLISHED
 from nbdserve.formats.mapped.tables import Table, encode_words
 from nbdserve.formats.mapped.waits import Pins
@@ -51,6 +52,7 @@ class Committer:
             of data set it when their write has completed.
         writethrough: Whether every change is to be durable before it is acknowledged.
         redo: The redo log, None if there is no place for one. It may come later.
+        refusal: Why no more changes are taken, while flushes still are.
         failed: The error of a barrier that failed. From then on nothing is
             acknowledged: nobody knows what is durable (fsync reports an error once).
     """
@@ -68,6 +70,7 @@ class Committer:
         self.dirty = False
         self.redo: RedoLog | None = None
         self.failed: OSError | None = None
+        self.refusal: str | None = None
         self._storage = storage
         self._pins = pins
         self._interval_s = interval_s
@@ -99,6 +102,20 @@ class Committer:
                 EIO,
                 f"{self._storage.name}: an earlier sync failed ({self.failed}); "
                 "nothing more is written until the image is opened anew",
+            )
+
+    def check_writable(self) -> None:
+        """Refuse a change after a failed barrier, or if the image is damaged.
+
+        Raises:
+            OSError: EIO.
+            ImageCorruptError: Its metadata contradict themselves.
+        """
+        self.check()
+        if self.refusal is not None:
+            raise ImageCorruptError(
+                f"{self._storage.name}: {self.refusal}; nothing more is written until "
+                "it is repaired"
             )
 
     async def barrier(self) -> None:

@@ -46,7 +46,7 @@ class Discarder:
         self, offset: int, length: int, *, may_unmap: bool, fua: bool
     ) -> None:
         """Make a range read as zeros; see `BlockDevice.write_zeroes`."""
-        self._commit.check()
+        self._commit.check_writable()
         end = offset + length
         first, last = self._whole_clusters(offset, end)
         if may_unmap and first < last:
@@ -61,7 +61,7 @@ class Discarder:
 
     async def trim(self, offset: int, length: int, *, fua: bool) -> None:
         """Give whole clusters back; the rest of the range stays as it is."""
-        self._commit.check()
+        self._commit.check_writable()
         first, last = self._whole_clusters(offset, offset + length)
         if first < last:
             await self._unmap(first, last, trim=True)

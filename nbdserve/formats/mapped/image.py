@@ -56,6 +56,8 @@ class MappedImage(BlockDevice):
         self, offset: int, buffer: memoryview
     ) -> Coroutine[Any, Any, Sequence[Hole]]:
         """See `BlockDevice.read_into`."""
+        if offset < 0 or offset + len(buffer) > self.size:
+            self.require_range(offset, len(buffer))
         return self._reader.read_into(offset, buffer)
 
     def write(
@@ -63,6 +65,8 @@ class MappedImage(BlockDevice):
     ) -> Coroutine[Any, Any, None]:
         """See `BlockDevice.write`."""
         self._require_space()
+        if offset < 0 or offset + len(data) > self.size:
+            self.require_range(offset, len(data))
         return self._writer.write(offset, data, fua=fua)
 
     async def write_zeroes(
@@ -76,6 +80,7 @@ class MappedImage(BlockDevice):
     ) -> None:
         """See `BlockDevice.write_zeroes`."""
         self._require_space()
+        self.require_range(offset, length)
         if fast_only and not (self.can_fast_zero and may_unmap):
             raise RequestError(ENOTSUP, "zeroing this would be as slow as a write")
         await self._discarder.write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
@@ -83,6 +88,7 @@ class MappedImage(BlockDevice):
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         """See `BlockDevice.trim`."""
         self._require_space()
+        self.require_range(offset, length)
         await self._discarder.trim(offset, length, fua=fua)
 
     async def flush(self) -> None:
@@ -103,6 +109,7 @@ class MappedImage(BlockDevice):
         self, offset: int, length: int, *, max_extents: int = 1 << 20
     ) -> list[Extent]:
         """See `BlockDevice.block_status`."""
+        self.require_range(offset, length)
         return await block_status(
             self._mapping, self._parts.backing, offset, length, max_extents
         )
@@ -158,11 +165,15 @@ class MappedImage(BlockDevice):
         if self._space is not None:
             self._space.commit.redo = redo
 
+    async def settle(self) -> None:
+        """Commit and give back what is reserved; nothing may be written after that."""
+        if self._space is not None:
+            await self._close_space(self._space)
+
     async def close(self) -> None:
         """See `BlockDevice.close`."""
         try:
-            if self._space is not None:
-                await self._close_space(self._space)
+            await self.settle()
         finally:
             await self._parts.storage.close()
             if self._parts.backing is not None:

@@ -65,12 +65,16 @@ def table_clusters(l1: Table, mask: int, geometry: Geometry) -> set[int]:
     return {number + each for number in numbers for each in range(count)}
 
 
-async def start_redo(
+async def replay_leftover(
     image: MappedImage, storage: Storage, state_dir: Path | None
-) -> None:
-    """Replay what a killed server left in its redo log, then begin a new one."""
+) -> bool:
+    """Replay what a killed server left in its redo log.
+
+    Returns:
+        Whether there was such a server: then what it had reserved is leaked.
+    """
     if state_dir is None or not isinstance(storage, FileStorage):
-        return
+        return False
     path = redo_path(state_dir, *storage.identity)
     modified_ns = (await run(os.stat, storage.path)).st_mtime_ns
     leftover = await run(read_leftover, path, modified_ns)
@@ -84,6 +88,16 @@ async def start_redo(
         image.notes.append(
             f"{storage.name}: linked {count} acknowledged writes of a killed server"
         )
+    return leftover.killed
+
+
+async def start_redo(
+    image: MappedImage, storage: Storage, state_dir: Path | None
+) -> None:
+    """Begin a new redo log, in place of what a killed server left."""
+    if state_dir is None or not isinstance(storage, FileStorage):
+        return
+    path = redo_path(state_dir, *storage.identity)
     try:
         redo = await run(RedoLog, path)
     except OSError as error:

@@ -112,10 +112,12 @@ class Leftover(NamedTuple):
     Attributes:
         links: The last acknowledged link of each guest cluster.
         refused: Why they must not be replayed, None if they may.
+        killed: Whether there is a log at all: a clean close removes it.
     """
 
     links: list[Link]
     refused: str | None
+    killed: bool = True
 
 
 def redo_path(state_dir: Path, device: int, inode: int) -> Path:
@@ -134,12 +136,12 @@ def read_leftover(path: Path, image_mtime_ns: int) -> Leftover:
         data = path.read_bytes()
         logged_ns = path.stat().st_mtime_ns
     except FileNotFoundError:
-        return Leftover([], None)
+        return Leftover([], None, killed=False)
     head = _head()
     first = len(head) + _DEAD.size
     if len(data) < first or not data.startswith(head):
         # another boot: what was not flushed went with the page cache
-        return Leftover([], None)
+        return Leftover([], None, killed=False)
     (dead,) = _DEAD.unpack_from(data, len(head))
     links: dict[int, tuple[int, Link]] = {}
     end = len(data) - (len(data) - first) % _RECORD.size

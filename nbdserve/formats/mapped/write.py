@@ -31,8 +31,8 @@ class Writer:
     async def write(self, offset: int, data: Buffer, *, fua: bool = False) -> None:
         """Write `data`; see `BlockDevice.write`."""
         commit = self._commit
-        if commit.failed is not None:
-            commit.check()
+        if commit.failed is not None or commit.refusal is not None:
+            commit.check_writable()
         view = data if isinstance(data, memoryview) else memoryview(data)
         while view:
             within = offset & (self._cluster_size - 1)

@@ -14,6 +14,7 @@ from nbdserve.formats.mapped.opening import (
     EngineOptions,
     Located,
     load_l1,
+    replay_leftover,
     start_redo,
     table_clusters,
 )
@@ -94,6 +95,7 @@ class Qcow1Driver:
         parts = Parts(storage, geometry, codec, tables, pins, backing)
         image = MappedImage(parts, inflate, space)
         if not read_only:
+            await replay_leftover(image, storage, self.options.state_dir)
             await start_redo(image, storage, self.options.state_dir)
         return image
 

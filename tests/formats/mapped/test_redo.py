@@ -9,11 +9,12 @@ import pytest
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.formats.chain import ChainOptions, open_chain
+from nbdserve.formats.check import check_image
 from nbdserve.formats.mapped import redo as module
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.opening import EngineOptions
-from nbdserve.formats.mapped.redo import Link, RedoLog, read_leftover
-from nbdserve.formats.open import drivers
+from nbdserve.formats.mapped.redo import Link, RedoLog, read_leftover, redo_path
+from nbdserve.formats.open import drivers, open_image
 from tests.helpers.engine import HEADER_INCOMPATIBLE, u64
 from tests.helpers.tools import run
 
@@ -209,3 +210,30 @@ async def test_a_state_folder_that_is_gone_makes_copies_wait(tmp_path: Path) -> 
         content = file.read()
     assert b"x" + bytes(killed.content[1:50]) in content
     await image.close()
+
+
+async def test_what_a_killed_server_had_reserved_is_given_back(tmp_path: Path) -> None:
+    path = tmp_path / "killed.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", path, "64M")
+    state = tmp_path / "state"
+    state.mkdir()
+    killed = tmp_path / "copy.qcow2"
+    async with open_image(path, state_dir=state) as image:
+        await image.write(5 << 20, b"acknowledged")
+        # what is in the file now is what a killed server leaves
+        shutil.copyfile(path, killed)
+        (log,) = state.iterdir()
+        number = os.stat(killed)
+        shutil.copyfile(log, redo_path(state, number.st_dev, number.st_ino))
+    before = check_image(killed)
+    assert before is not None
+    assert before.leaks > 0
+
+    async with open_image(killed, state_dir=state) as image:
+        assert any("gave back" in note for note in image.notes)
+        assert await image.read(5 << 20, 12) == b"acknowledged"
+        await image.write(9 << 20, b"more")
+
+    run("qemu-img", "check", "-q", killed)
+    assert killed.stat().st_size < 2 << 20
+    assert not list(state.iterdir())

@@ -657,3 +657,24 @@ async def test_the_header_is_never_downgraded_and_unknown_extensions_are_kept(
     assert after[table] != content[table], "the refcount table was to move"
     assert after[: table.start] == content[: table.start]
     assert after[table.stop : 512] == content[table.stop : 512]
+
+
+async def test_a_damaged_image_takes_no_more_writes_and_can_be_flushed_and_read(
+    patient: Patient,
+) -> None:
+    """docs/interop/qcow2.rst: with the corrupt bit set it must not be written to."""
+    disk = await patient.open()
+    await disk.write(3 * CLUSTER, b"before")
+    await disk.image.close()
+    patient.bytes[:] = disk.memory.content()
+    patient.set_entry(0, patient.refcount_block | COPIED)
+    disk = await patient.open()
+    await disk.image.write(3 * CLUSTER + 100, b"acknowledged")
+    with pytest.raises(ImageCorruptError):
+        await disk.image.write(0, b"x")
+    with pytest.raises(ImageCorruptError, match="contradict"):
+        await disk.image.write(3 * CLUSTER, b"too late")
+    await disk.image.flush()
+    assert await disk.image.read(3 * CLUSTER, 6) == b"before"
+    assert await disk.image.read(3 * CLUSTER + 100, 12) == b"acknowledged"
+    await disk.image.close()
