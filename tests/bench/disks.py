@@ -38,8 +38,14 @@ class Disks:
             self._fill(disk, image_format, path)
         return path
 
-    def settle(self, path: Path, *, cold: bool) -> None:
+    def settle(self, disk: Disk, path: Path, *, cold: bool) -> None:
         """Write back what is dirty; fill or empty the page cache of the image."""
+        self._settle(path, cold=cold)
+        if disk is Disk.OVERLAY:
+            self._settle(path.with_stem(Disk.ALLOCATED.value), cold=cold)
+
+    @staticmethod
+    def _settle(path: Path, *, cold: bool) -> None:
         descriptor = os.open(path, os.O_RDONLY)
         try:
             os.fsync(descriptor)
