@@ -81,20 +81,7 @@ def define(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Ask the server, and print what it says."""
     uri: NbdUri = arguments.uri
-    try:
-        with _Connection(uri) as connection:
-            if uri.tls:
-                connection.start_tls(_context(arguments, uri), _hostname(uri))
-            exports = connection.exports(uri.export_name or None)
-    except (ProtocolError, OptionRefused) as error:
-        raise ConfigError(f"{uri}: {error}") from error
-    except TimeoutError:
-        raise ConfigError(
-            f"{_server(uri)}: no answer within {TIMEOUT_S:.0f} seconds"
-        ) from None
-    except OSError as error:
-        reason = getattr(error, "verify_message", "") or error.strerror or str(error)
-        raise ConfigError(f"{_server(uri)}: {reason}") from None
+    exports = listed_exports(arguments)
     if arguments.json:
         print(json.dumps({"exports": [_as_json(uri, export) for export in exports]}))
     elif exports:
@@ -104,8 +91,31 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def listed_exports(arguments: argparse.Namespace) -> "list[ListedExport]":
+    """Return the export that the URI names, or all of its server.
+
+    Raises:
+        ConfigError: The server can't be asked, or refuses.
+    """
+    uri: NbdUri = arguments.uri
+    try:
+        with _Connection(uri) as connection:
+            if uri.tls:
+                connection.start_tls(_context(arguments, uri), _hostname(uri))
+            return connection.exports(uri.export_name or None)
+    except (ProtocolError, OptionRefused) as error:
+        raise ConfigError(f"{uri}: {error}") from error
+    except TimeoutError:
+        raise ConfigError(
+            f"{_server(uri)}: no answer within {TIMEOUT_S:.0f} seconds"
+        ) from None
+    except OSError as error:
+        reason = getattr(error, "verify_message", "") or error.strerror or str(error)
+        raise ConfigError(f"{_server(uri)}: {reason}") from None
+
+
 @dataclass(frozen=True, slots=True)
-class _Export:
+class ListedExport:
     """What one server told about one export."""
 
     name: str
@@ -142,7 +152,7 @@ class _Connection:
     def __exit__(self, *_: object) -> None:
         self._socket.close()
 
-    def exports(self, name: str | None) -> list[_Export]:
+    def exports(self, name: str | None) -> list[ListedExport]:
         """Return the export of that name, or all that the server lists."""
         # base:allocation exists only once structured replies do
         self._ask_if_known(Option.STRUCTURED_REPLY)
@@ -153,14 +163,14 @@ class _Connection:
             self._ask(Option.ABORT)
         return exports
 
-    def _describe(self, name: str, description: str) -> _Export:
+    def _describe(self, name: str, description: str) -> ListedExport:
         wanted = (Info.NAME, Info.DESCRIPTION, Info.BLOCK_SIZE)
         details = self._ask(Option.INFO, info_data(name, wanted)).details
         if details is None:
             raise ProtocolError("NBD_OPT_INFO: no NBD_INFO_EXPORT")
         contexts = self._ask_if_known(Option.LIST_META_CONTEXT, contexts_data(name, ()))
         names = tuple(context.name for context in contexts.contexts)
-        return _Export(name, details.description or description, details, names)
+        return ListedExport(name, details.description or description, details, names)
 
     def _ask_if_known(self, option: int, data: bytes = b"") -> Outcome:
         """Ask what a server may well refuse, and take that as an empty answer."""
@@ -220,7 +230,7 @@ def _server(uri: NbdUri) -> str:
     return str(replace(uri, export_name=""))
 
 
-def _as_json(uri: NbdUri, export: _Export) -> dict[str, Any]:
+def _as_json(uri: NbdUri, export: ListedExport) -> dict[str, Any]:
     flags = export.details.transmission_flags
     fields: dict[str, Any] = {
         "export-name": export.name,
@@ -240,7 +250,7 @@ def _as_json(uri: NbdUri, export: _Export) -> dict[str, Any]:
     return fields | {"export-size": export.details.size}
 
 
-def _as_text(uri: NbdUri, export: _Export) -> str:
+def _as_text(uri: NbdUri, export: ListedExport) -> str:
     details = export.details
     flags = details.transmission_flags
     access = "read-only" if flags & TransmissionFlag.READ_ONLY else "read-write"

@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING, NoReturn
 from nbdserve import __version__
 from nbdserve.cli.parser import Parser, judged
 from nbdserve.errors import ConfigError, NbdserveError
+from nbdserve.storage.names import shown
 
 if TYPE_CHECKING:
     from nbdserve.app import Serving
+    from nbdserve.cli.list_exports import ListedExport
     from nbdserve.config.access import AccessRule
     from nbdserve.config.model import CacheMode, ImageConfig, ImageFormat, ServeConfig
 
@@ -54,6 +56,12 @@ _REFUSED = {
         "persistent bitmaps can't be served yet; nbdserve serve --bitmap records anew",
     ),
 }
+
+#: qemu-nbd's names of transmission flags, from bit 1 on.
+_FLAG_NAMES = (
+    *("readonly", "flush", "fua", "rotational", "trim", "zeroes", "df", "multi"),
+    *("resize", "cache", "fast-zero", "block-status-payload"),
+)
 
 _WRITEBACK = ("none", "writeback", "unsafe")
 _WRITETHROUGH = ("writethrough", "directsync")
@@ -361,8 +369,34 @@ def _list(arguments: argparse.Namespace) -> int:
         if not port.isdigit():
             raise ConfigError(f"{port!r} is no port")
         uri = NbdUri("", host=arguments.bind or "127.0.0.1", port=int(port))
-    return list_exports.run(
-        argparse.Namespace(
-            uri=uri, tls_ca=None, tls_cert=None, tls_key=None, json=False
-        )
+    exports = list_exports.listed_exports(
+        argparse.Namespace(uri=uri, tls_ca=None, tls_cert=None, tls_key=None)
     )
+    print(f"exports available: {len(exports)}")
+    for export in exports:
+        print("\n".join(_listing(export)))
+    return 0
+
+
+def _listing(export: "ListedExport") -> list[str]:
+    """Return the lines that scripts know from qemu-nbd."""
+    details = export.details
+    flags = details.transmission_flags
+    names = [name for bit, name in enumerate(_FLAG_NAMES, 1) if flags & 1 << bit]
+    lines = [f" export: '{shown(export.name)}'"]
+    if export.description:
+        lines.append(f"  description: {shown(export.description)}")
+    lines += [
+        f"  size:  {details.size}",
+        f"  flags: 0x{flags:x} ( {' '.join(names)} )",
+    ]
+    if details.minimum_block is not None:
+        lines += [
+            f"  min block: {details.minimum_block}",
+            f"  opt block: {details.preferred_block}",
+            f"  max block: {details.maximum_payload}",
+        ]
+    if export.contexts:
+        lines.append(f"  available meta contexts: {len(export.contexts)}")
+        lines += [f"   {shown(name)}" for name in export.contexts]
+    return lines
