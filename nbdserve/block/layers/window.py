@@ -53,12 +53,14 @@ class Window(BlockDevice):
         self, offset: int, buffer: memoryview
     ) -> Coroutine[Any, Any, Sequence[Hole]]:
         """Read from the disk below."""
+        self.require_range(offset, len(buffer))
         return self._device.read_into(self._offset + offset, buffer)
 
     def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False
     ) -> Coroutine[Any, Any, None]:
         """Write to the disk below."""
+        self.require_range(offset, len(data))
         return self._device.write(self._offset + offset, data, fua=fua)
 
     def write_zeroes(
@@ -71,6 +73,7 @@ class Window(BlockDevice):
         fua: bool = False,
     ) -> Coroutine[Any, Any, None]:
         """Make zeros in the disk below."""
+        self.require_range(offset, length)
         return self._device.write_zeroes(
             self._offset + offset,
             length,
@@ -83,6 +86,7 @@ class Window(BlockDevice):
         self, offset: int, length: int, *, fua: bool = False
     ) -> Coroutine[Any, Any, None]:
         """Trim the disk below, unless its storage is to be kept."""
+        self.require_range(offset, length)
         if self._discard:
             return self._device.trim(self._offset + offset, length, fua=fua)
         return self._device.flush() if fua else _nothing()
@@ -93,12 +97,14 @@ class Window(BlockDevice):
 
     def cache(self, offset: int, length: int) -> Coroutine[Any, Any, None]:
         """Hand the hint on."""
+        self.require_range(offset, length)
         return self._device.cache(self._offset + offset, length)
 
     def block_status(
         self, offset: int, length: int, *, max_extents: int = 1 << 20
     ) -> Coroutine[Any, Any, list[Extent]]:
         """Describe the disk below."""
+        self.require_range(offset, length)
         return self._device.block_status(
             self._offset + offset, length, max_extents=max_extents
         )

@@ -3,7 +3,7 @@
 import pytest
 
 from nbdserve.block.layers.window import Window
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, RequestError
 from tests.server.memory_disk import MemoryDisk
 
 KIB = 1 << 10
@@ -26,6 +26,10 @@ async def test_everything_happens_behind_the_offset() -> None:
     assert await disk.read(128 * KIB, 64 * KIB) == bytes(64 * KIB)
     extents = await window.block_status(64 * KIB, 64 * KIB)
     assert extents == await disk.block_status(128 * KIB, 64 * KIB)
+    with pytest.raises(RequestError):
+        await window.read(-1, 1)
+    with pytest.raises(RequestError):
+        await window.write(window.size, b"x")
     await window.close()
 
 
