@@ -143,6 +143,9 @@ class Allocator:
 
     async def _own_table(self, number: int) -> Table | None:
         """Load a table and see whose it is, or allocate one; None if it must be looked for again."""
+        if self._commit.holds(self._tables.l1, number):
+            # What is written to a table to which the file has no way would not survive.
+            await self._commit.flush()
         table = await self._tables.load(number)
         if table is None:
             return await self._allocate_table(TableAllocation(number, None))

@@ -126,6 +126,8 @@ class Committer:
         except OSError as error:
             self.failed = error
             raise
+        # Of two that overlap, one may have taken the error of both.
+        self.check()
 
     # -- words
 
@@ -250,6 +252,7 @@ class Committer:
         self._waiters.append(waiter)
         self._start()
         await waiter
+        self.check()
 
     def _schedule(self) -> None:
         if self._timer is None and not self._closed:

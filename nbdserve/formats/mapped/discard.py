@@ -73,6 +73,7 @@ class Discarder:
 
     async def _settle(self, *, fua: bool) -> None:
         self._commit.dirty = True
+        self._commit.check()
         if fua or self._commit.writethrough or self._commit.exposed:
             await self._commit.flush()
 

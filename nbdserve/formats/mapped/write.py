@@ -59,6 +59,9 @@ class Writer:
             offset += done
             view = view[done:]
         commit.dirty = True
+        if commit.failed is not None:
+            # a sync failed meanwhile
+            commit.check()
         if fua or commit.writethrough:
             await commit.flush()
 
