@@ -12,7 +12,7 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import structlog
@@ -264,6 +264,7 @@ async def _open_exports(config: ServeConfig) -> Registry:
     """
     registry = Registry()
     state_dir = _state_dir(config, os.environ)
+    _require_different(config.images)
     try:
         for image in config.images:
             policy = _policy(image)
@@ -272,6 +273,31 @@ async def _open_exports(config: ServeConfig) -> Registry:
         await _close(registry)
         raise
     return registry
+
+
+def _require_different(images: Sequence[ImageConfig]) -> None:
+    """Refuse two exports of one file of which one may be written.
+
+    Raises:
+        ConfigError: Names both; the file's lock would only speak of "another process".
+    """
+    seen: dict[tuple[int, int], ImageConfig] = {}
+    for image in images:
+        try:
+            status = os.stat(image.path)
+        except OSError:
+            continue  # opening it says what is wrong
+        other = seen.setdefault((status.st_dev, status.st_ino), image)
+        if other is image or (_reads_only(other) and _reads_only(image)):
+            continue
+        raise ConfigError(
+            f"{shown(image.path)} is the same file as {shown(other.path)}, served as"
+            f" {other.name!r}: several exports of it must all be read-only"
+        )
+
+
+def _reads_only(image: ImageConfig) -> bool:
+    return image.read_only or image.snapshot is not None
 
 
 def _policy(image: ImageConfig) -> Policy:
@@ -293,7 +319,7 @@ async def _open(image: ImageConfig, policy: Policy, state_dir: str | None) -> Ex
     device = await open_image(
         image.path,
         format=image.format or "auto",
-        read_only=image.read_only or image.snapshot is not None,
+        read_only=_reads_only(image),
         allow_backing=image.allow_backing,
         cache=image.cache,
         state_dir=state_dir,

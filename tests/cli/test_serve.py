@@ -253,7 +253,10 @@ def test_an_image_that_another_server_writes(raw: Path, tmp_path: Path) -> None:
 
 def test_one_image_under_two_names(raw: Path, tmp_path: Path) -> None:
     words = ("a=disk.img", "b=disk.img", "--format", "raw", *ANY_PORT)
-    assert "disk.img: in use" in refusal(*words, cwd=tmp_path)
+    told = refusal(*words, cwd=tmp_path)
+    assert "disk.img is the same file as disk.img, served as 'a'" in told
+    with serving(*words, "--read-only", cwd=tmp_path) as server:
+        assert len(server.uris) == 2
 
 
 def test_a_second_image_that_cannot_be_opened_leaves_nothing_running(
