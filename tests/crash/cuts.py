@@ -138,9 +138,7 @@ class Cache:
         yield dict(sizes)
         if not fresh:
             yield {}
-        calls = sorted(
-            {v.call for versions in self._pending.values() for v in versions}
-        )
+        calls = self.calls()
         last = {self._pending[place][-1].call for place in fresh}
         others = [call for call in calls if call not in last]
         if 1 << len(others) <= most // 2:
@@ -204,6 +202,20 @@ class Cache:
                 place = chance.choice(fresh)
                 choice[place] = sizes[place]
             yield choice
+
+    def newest(self) -> dict[int, int]:
+        """Return the choice that is the page cache itself."""
+        return {place: len(versions) for place, versions in self._pending.items()}
+
+    def calls(self) -> list[int]:
+        """Return the calls of which something may be lost."""
+        return sorted(
+            {
+                version.call
+                for versions in self._pending.values()
+                for version in versions
+            }
+        )
 
     def key(self, choice: dict[int, int]) -> int:
         """Return the key of a choice's file, without building it."""

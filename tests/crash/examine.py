@@ -3,7 +3,7 @@
 import os
 import random
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -16,11 +16,15 @@ from tests.crash.cuts import Cache
 from tests.crash.disk import (
     SECTOR,
     Acknowledged,
+    Applied,
     Began,
     Disk,
+    Ended,
     Event,
     Failed,
     Redone,
+    Sized,
+    Synced,
 )
 from tests.crash.flavours import Image
 from tests.crash.guest import Allowed, compare
@@ -49,6 +53,9 @@ class Tally:
         """Distinct states of all kinds."""
         return sum(self.states[kind] for kind in ("power cut", "cut again", "kill"))
 
+
+#: More than the calls of any run.
+_CALLS: Final = 1 << 20
 
 #: Of this whole session, for the summary.
 TOTAL: Final = Tally()
@@ -166,6 +173,54 @@ class Examiner:
             if key not in seen:
                 seen.add(key)
                 self._tally.states["kill"] += 1
+
+    async def restart(self, run: Run, at: int, plan: Plan) -> Run:
+        """Kill the server of a run, start another one, and return the two as one run.
+
+        Args:
+            run: The first one.
+            at: The event before which it was killed.
+            plan: Of the second one.
+        """
+        cache = Cache(bytearray(run.start))
+        waiting: set[int] = set()
+        redo = b""
+        for now, event in enumerate(run.events[:at]):
+            cache.take(event, now)
+            if isinstance(event, Began):
+                waiting.add(event.request)
+            elif isinstance(event, Acknowledged | Failed):
+                waiting.discard(event.request)
+            elif isinstance(event, Redone):
+                redo = event.content
+        content = cache.build(cache.newest())
+        device = await self._open(Disk(content), redo)
+        guest = bytes(await self._read(device))
+        await settle(device)
+        links = self._leftover(redo) if redo else []
+        second = await record(
+            run.image,
+            plan,
+            start=bytes(content),
+            guest=guest,
+            first_number=100_000,
+            links=links,
+        )
+        # Nobody will answer these any more, and no thread goes on writing.
+        events = [*run.events[:at], *(Failed(request) for request in sorted(waiting))]
+        events += [Ended(call) for call in cache.calls()]
+        base, requests = len(events), len(run.requests)
+        events += (_shifted(event, base, requests) for event in second.events)
+        return Run(
+            run.image,
+            run.start,
+            run.guest,
+            events,
+            run.requests + second.requests,
+            second.errors,
+            second.disk,
+            second.closed,
+        )
 
     # -- a state
 
@@ -288,6 +343,17 @@ class Examiner:
             await self.power_cuts(second, again=False)
         finally:
             self._effort = effort
+
+
+def _shifted(event: Event, base: int, requests: int) -> Event:
+    """Return an event of a second run as one that comes after `base` others."""
+    if isinstance(event, Applied | Sized | Ended):
+        return replace(event, call=event.call + _CALLS)
+    if isinstance(event, Synced):
+        return Synced(event.begin + base)
+    if isinstance(event, Began | Acknowledged | Failed):
+        return replace(event, request=event.request + requests)
+    return event
 
 
 def _follow(allowed: Allowed, event: Event, now: int) -> None:

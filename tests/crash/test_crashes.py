@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import random
 from itertools import count
 
 import pytest
@@ -51,4 +52,34 @@ def test_crash_loses_nothing(name: str, image_of: MakeImage) -> None:
             asyncio.run(one_run(image, seed))
         except (ViolationError, MismatchError) as error:
             TOTAL.violations.append(f"{name} seed {seed}: {error}")
+            raise
+
+
+async def one_restart(image: Image, seed: int) -> None:
+    """Kill the server, let another one go on, then cut the power."""
+    chance = random.Random(seed)
+    first = await record(image, Plan(seed, close=False, redo=seed % 3 != 0))
+    examiner = Examiner(image, TOTAL, Effort(4, 5000, 400, 1 << 30), seed)
+    try:
+        for _ in range(3):
+            at = chance.randrange(len(first.events))
+            plan = Plan(chance.randrange(1 << 30), requests=6, redo=seed % 3 != 0)
+            both = await examiner.restart(first, at, plan)
+            assert not both.errors
+            await examiner.kills(both)
+            await examiner.power_cuts(both)
+    finally:
+        examiner.close()
+
+
+@pytest.mark.parametrize("name", ["v3", "v1", "v3-backed", "v1-backed", "v3-snapshot"])
+def test_what_a_killed_server_left_is_flushed_by_the_next(
+    name: str, image_of: MakeImage
+) -> None:
+    image = image_of(name)
+    for seed in range(40 if _FULL else 5):
+        try:
+            asyncio.run(one_restart(image, seed))
+        except (ViolationError, MismatchError) as error:
+            TOTAL.violations.append(f"{name} restart seed {seed}: {error}")
             raise

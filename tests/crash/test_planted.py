@@ -34,6 +34,9 @@ def test_planted_fault_is_found(
             raise ViolationError(f"requests fail: {run.errors[0]}")
         examiner = Examiner(image, Tally(), _EFFORT, seed)
         try:
+            if planted.restart:
+                at = seed * 7 % len(run.events)
+                run = await examiner.restart(run, at, Plan(seed, requests=6))
             await examiner.kills(run)
             await examiner.power_cuts(run)
         finally:

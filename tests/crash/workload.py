@@ -3,14 +3,14 @@
 import asyncio
 import random
 import tempfile
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from nbdserve.errors import ImageError
 from nbdserve.formats.mapped.image import MappedImage
-from nbdserve.formats.mapped.redo import RedoLog
+from nbdserve.formats.mapped.redo import Link, RedoLog
 from tests.crash.disk import (
     SECTOR,
     ZERO_SECTOR,
@@ -313,6 +313,7 @@ async def record(
     start: bytes | None = None,
     guest: bytes | None = None,
     first_number: int = 0,
+    links: Sequence[Link] = (),
 ) -> Run:
     """Run a guest on an image and return what happened.
 
@@ -322,6 +323,7 @@ async def record(
         start: Another file to start from, with
         guest: what the guest sees then.
         first_number: Of the first request, to tell its data from earlier ones.
+        links: What a killed server left in its redo log.
 
     Raises:
         MismatchError: The live image returned wrong data.
@@ -331,6 +333,8 @@ async def record(
     before = image.guest if guest is None else guest
     disk = Disk(content, chance=chance, record=True)
     device = await image.open(disk)
+    if links:
+        await device.replay(list(links))
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         if plan.redo:
             device.use_redo(LoggedRedo(Path(folder) / "redo", disk))

@@ -178,6 +178,7 @@ async def open_bytes(
         storage, read_only=read_only, backing=below, writethrough=writethrough
     )
     assert isinstance(image, MappedImage)
+    storage.calls = 0  # a test counts its own
     disk = Disk(image, storage, memory, folder, fmt, bytearray(image.size))
     if isinstance(backing, bytes):
         shown = backing[: image.size]

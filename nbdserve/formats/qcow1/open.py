@@ -88,6 +88,9 @@ class Qcow1Driver:
                 interval_s=self.options.commit_interval_s,
                 writethrough=writethrough,
             )
+            # What a killed server left in the page cache is read from now on, so it has
+            # to be as durable as the rest before anything is built on it, or flushed.
+            await commit.barrier()
             space = _open_space(storage, header, geometry, l1, commit)
         codec = Qcow1Entries(header.cluster_bits)
         limit = self.options.table_cache

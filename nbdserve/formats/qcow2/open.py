@@ -140,6 +140,9 @@ class Qcow2Driver:
                 interval_s=self.options.commit_interval_s,
                 writethrough=writethrough,
             )
+            # What a killed server left in the page cache is read from now on, so it has
+            # to be as durable as the rest before anything is built on it, or flushed.
+            await commit.barrier()
             space = await _open_space(storage, header, geometry, l1, commit)
         codec = Qcow2Entries(header.version, header.cluster_bits)
         limit = self.options.table_cache
