@@ -32,6 +32,8 @@ class LoggedRedo(RedoLog):
     def __init__(self, path: Path, disk: Disk) -> None:
         super().__init__(path)
         self._disk = disk
+        # it takes the place of what a killed server left
+        disk.note(Redone(path.read_bytes()))
 
     def link(self, guest_cluster: int, word_in_file: int, word: int) -> bool:
         done = super().link(guest_cluster, word_in_file, word)
