@@ -47,6 +47,13 @@ class Tally:
 
     states: Counter[str] = field(default_factory=Counter)
     violations: list[str] = field(default_factory=list)
+    _seen: set[object] = field(default_factory=set)
+
+    def count(self, kind: str, key: object) -> None:
+        """Count a state, unless it was one of an earlier run too."""
+        if key not in self._seen:
+            self._seen.add(key)
+            self.states[kind] += 1
 
     @property
     def distinct(self) -> int:
@@ -88,7 +95,6 @@ class Examiner:
         self._chance = random.Random(seed)
         self._fd = os.memfd_create("state")
         self._redo_path = Path(f"/dev/shm/nbdserve-crash-{os.getpid()}-{id(self)}")
-        self._seen: set[int] = set()
 
     def close(self) -> None:
         """Give back what it holds."""
@@ -133,9 +139,8 @@ class Examiner:
                         f"power cut after event {now} ({_named(event)}), "
                         f"survived: {cache.story(choice)}: {violation}"
                     ) from violation
-                if not known and key not in self._seen:
-                    self._seen.add(key)
-                    self._tally.states["power cut" if again else "cut again"] += 1
+                if not known:
+                    self._tally.count("power cut" if again else "cut again", key)
 
     async def kills(self, run: Run) -> None:
         """Examine what killing the server leaves of a run, at each event."""
@@ -172,7 +177,7 @@ class Examiner:
                 ) from violation
             if key not in seen:
                 seen.add(key)
-                self._tally.states["kill"] += 1
+                self._tally.count("kill", key)
 
     async def restart(self, run: Run, at: int, plan: Plan) -> Run:
         """Kill the server of a run, start another one, and return the two as one run.
