@@ -98,6 +98,7 @@ class Allocator:
         """Join the parts."""
         self.busy: Turnstile[int] = Turnstile()
         self._storage = parts.storage
+        self._data = parts.data
         self._geometry = parts.geometry
         self._codec = parts.codec
         self._tables = parts.tables
@@ -394,10 +395,10 @@ class Allocator:
 
     async def _put(self, host_offset: int, data: memoryview) -> None:
         """Write to a cluster that this operation holds."""
-        if not self._storage.try_write(host_offset, data):
+        if not self._data.try_write(host_offset, data):
             generation = self._pins.enter()
             try:
-                await self._storage.write(host_offset, data)
+                await self._data.write(host_offset, data)
             finally:
                 self._pins.leave(generation)
 

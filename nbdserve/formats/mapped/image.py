@@ -10,6 +10,7 @@ from nbdserve.block.extents import Extent
 from nbdserve.errors import RequestError
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.discard import Discarder
+from nbdserve.formats.mapped.entries import NORMAL
 from nbdserve.formats.mapped.inflate import Decompress, Inflater
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts, Space
@@ -101,8 +102,8 @@ class MappedImage(BlockDevice):
         end = min(offset + length, self.size)
         while offset < end:
             run = await self._mapping.run(offset, end)
-            if run.host_offset:
-                await self._parts.storage.prefetch(run.host_offset, run.length)
+            if run.kind >= NORMAL:
+                await self._parts.data.prefetch(run.host_offset, run.length)
             offset += run.length
 
     async def block_status(

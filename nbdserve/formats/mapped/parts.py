@@ -19,7 +19,9 @@ class Parts:
     """An open image, to read.
 
     Attributes:
-        storage: Its file.
+        storage: Its file: header and tables, and compressed clusters.
+        data: The file that plain clusters lie in: `storage`, unless the format keeps
+            guest data elsewhere.
         geometry: Its numbers.
         codec: How it spells entries.
         tables: Its tables in memory.
@@ -29,6 +31,7 @@ class Parts:
     """
 
     storage: Storage
+    data: Storage
     geometry: Geometry
     codec: EntryCodec
     tables: Tables

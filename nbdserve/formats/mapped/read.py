@@ -35,7 +35,7 @@ class Reader:
     def __init__(self, parts: Parts, mapping: Mapping, inflater: Inflater) -> None:
         """Join the parts."""
         geometry = parts.geometry
-        self._storage = parts.storage
+        self._data = parts.data
         self._codec = parts.codec
         self._cached = parts.tables.cached
         self._l1 = parts.tables.l1
@@ -62,7 +62,7 @@ class Reader:
             if kind >= NORMAL:
                 table.recent = True
                 host_offset = (table.words[index] & self._offset_mask) + within
-                if not self._storage.try_read(host_offset, buffer):
+                if not self._data.try_read(host_offset, buffer):
                     await self._read_slowly(host_offset, buffer)
                 return ()
         else:
@@ -81,7 +81,7 @@ class Reader:
             run = await self._mapping.run(offset + position, end)
             piece = buffer[position : position + run.length]
             if run.kind >= NORMAL:
-                if not self._storage.try_read(run.host_offset, piece):
+                if not self._data.try_read(run.host_offset, piece):
                     await self._read_slowly(run.host_offset, piece)
             else:
                 for start, size in await self._read_other(
@@ -97,7 +97,7 @@ class Reader:
     async def _read_slowly(self, host_offset: int, view: memoryview) -> None:
         generation = self._pins.enter()
         try:
-            await self._storage.read(host_offset, view)
+            await self._data.read(host_offset, view)
         finally:
             self._pins.leave(generation)
 

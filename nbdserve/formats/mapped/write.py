@@ -16,7 +16,7 @@ class Writer:
     ) -> None:
         """Join the parts."""
         geometry = parts.geometry
-        self._storage = parts.storage
+        self._data = parts.data
         self._cached = parts.tables.cached
         self._mapping = mapping
         self._allocator = allocator
@@ -52,7 +52,7 @@ class Writer:
                     done = len(view)
                 host_offset = (table.words[index] & self._offset_mask) + within
                 piece = view if done == len(view) else view[:done]
-                if not self._storage.try_write(host_offset, piece):
+                if not self._data.try_write(host_offset, piece):
                     await self._write_slowly(host_offset, piece)
             if done == len(view):
                 break
@@ -68,6 +68,6 @@ class Writer:
     async def _write_slowly(self, host_offset: int, piece: memoryview) -> None:
         generation = self._pins.enter()
         try:
-            await self._storage.write(host_offset, piece)
+            await self._data.write(host_offset, piece)
         finally:
             self._pins.leave(generation)

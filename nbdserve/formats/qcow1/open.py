@@ -95,7 +95,7 @@ class Qcow1Driver:
         codec = Qcow1Entries(header.cluster_bits)
         limit = self.options.table_cache
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
-        parts = Parts(storage, geometry, codec, tables, pins, backing)
+        parts = Parts(storage, storage, geometry, codec, tables, pins, backing)
         image = MappedImage(parts, inflate, space)
         if not read_only:
             await replay_leftover(image, storage, self.options.state_dir)

@@ -147,7 +147,7 @@ class Qcow2Driver:
         codec = Qcow2Entries(header.version, header.cluster_bits)
         limit = self.options.table_cache
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
-        parts = Parts(storage, geometry, codec, tables, pins, backing)
+        parts = Parts(storage, storage, geometry, codec, tables, pins, backing)
         decompress = unzstd if header.compression_type == COMPRESSION_ZSTD else inflate
         return Qcow2Image(parts, decompress, space, header, table_cache=limit)
 
