@@ -98,6 +98,14 @@ class Storage(ABC):
     async def flush(self) -> None:
         """Make every completed change durable (fdatasync)."""
 
+    async def flush_range(self, offset: int, length: int) -> None:
+        """Make a range within the size durable, and the size as far as the range's end.
+
+        Other changes may become durable too, or not. A failure counts as a failed
+        `flush`.
+        """
+        await self.flush()
+
     @abstractmethod
     async def extents(
         self, offset: int, length: int, *, max_extents: int = 1 << 20

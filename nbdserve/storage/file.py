@@ -10,6 +10,7 @@ import asyncio
 import ctypes
 import errno
 import fcntl
+import mmap
 import os
 import stat
 import struct
@@ -58,6 +59,22 @@ _libc_fallocate.argtypes = [
     ctypes.c_int64,
 ]
 _libc_fallocate.restype = ctypes.c_int
+# mmap.flush() of the standard library keeps the GIL.
+_libc_mmap = _libc.mmap64 if hasattr(_libc, "mmap64") else _libc.mmap
+_libc_mmap.argtypes = [
+    ctypes.c_void_p,
+    ctypes.c_size_t,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int,
+    ctypes.c_int64,
+]
+_libc_mmap.restype = ctypes.c_void_p
+_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
+_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
+_MAP_FAILED = ctypes.c_void_p(-1).value
+#: asm-generic/mman.h
+_MS_SYNC = 4
 
 
 class FileStorage(Storage):
@@ -117,6 +134,7 @@ class FileStorage(Storage):
         self._zero_pace = Pace()
         self._in_threads: set[Call[Any]] = set()
         self._refused_modes: set[int] = set()
+        self._can_map = True
 
     @property
     def size(self) -> int:
@@ -232,6 +250,21 @@ class FileStorage(Storage):
     async def flush(self) -> None:
         """Make every completed change durable (fdatasync in a thread)."""
         await self._in_thread(os.fdatasync, self._fd)
+
+    async def flush_range(self, offset: int, length: int) -> None:
+        """Make a range durable by msync, which is an fdatasync of some pages (mm/msync.c).
+
+        Nothing is ever read through the mapping. sync_file_range(2) would not do: it
+        leaves out the file's length and the caches of the device.
+        """
+        if self.fixed_size or not self._can_map:
+            await self.flush()
+            return
+        try:
+            await self._in_thread(_sync_mapped, self._fd, offset, length)
+        except _NotMappableError:
+            self._can_map = False
+            await self.flush()
 
     # ---------------------------------------------------------------- the rest
 
@@ -363,6 +396,24 @@ def _pwrite_all(fd: int, offset: int, view: memoryview, flags: int) -> None:
         if count == 0:
             raise OSError(errno.EIO, "the kernel wrote nothing")
         done += count
+
+
+class _NotMappableError(Exception):
+    """The file system can't map this file."""
+
+
+def _sync_mapped(fd: int, offset: int, length: int) -> None:
+    start = offset & -mmap.PAGESIZE
+    length += offset - start
+    address = _libc_mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
+    if address == _MAP_FAILED:
+        raise _NotMappableError
+    try:
+        if _libc.msync(address, length, _MS_SYNC) != 0:
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+    finally:
+        _libc.munmap(address, length)
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -17,6 +17,7 @@ from tests.crash.disk import (
     Event,
     Sized,
     Synced,
+    SyncedRange,
 )
 
 #: Stands for the file's length where others are sector numbers.
@@ -86,22 +87,43 @@ class Cache:
             self._ended[event.call] = now
         elif isinstance(event, Synced):
             self._sync(event.begin)
+        elif isinstance(event, SyncedRange):
+            for sector in range(event.offset // SECTOR, (event.end - 1) // SECTOR + 1):
+                self._settle(sector, self._covered(sector, event.begin))
+            if self._size < event.end:
+                self._settle_length(event)
         return []
 
     def _sync(self, begin: int) -> None:
         for place in list(self._pending):
-            versions = self._pending[place]
-            covered = 0
-            for position, version in enumerate(versions, 1):
-                if self._ended.get(version.call, begin) < begin:
-                    covered = position
-            if not covered:
-                continue
-            self._put(place, versions[covered - 1].value)
-            if covered == len(versions):
-                del self._pending[place]
-            else:
-                del versions[:covered]
+            self._settle(place, self._covered(place, begin))
+
+    def _covered(self, place: int, begin: int) -> int:
+        """Return how many versions of a place a barrier that began then covers."""
+        covered = 0
+        for position, version in enumerate(self._pending.get(place, ()), 1):
+            if self._ended.get(version.call, begin) < begin:
+                covered = position
+        return covered
+
+    def _settle(self, place: int, covered: int) -> None:
+        """Make the first `covered` versions of a place durable, that is the last of them."""
+        if not covered:
+            return
+        versions = self._pending[place]
+        self._put(place, versions[covered - 1].value)
+        if covered == len(versions):
+            del self._pending[place]
+        else:
+            del versions[:covered]
+
+    def _settle_length(self, event: SyncedRange) -> None:
+        """Make durable that the file has what is in the range, and no more than that."""
+        versions = self._pending[LENGTH][: self._covered(LENGTH, event.begin)]
+        for position, version in enumerate(versions, 1):
+            if int(version.value) >= event.end:
+                self._settle(LENGTH, position)
+                return
 
     def _put(self, place: int, value: bytes | int) -> None:
         self._key ^= _digest(place, self._on_disk(place)) ^ _digest(place, value)

@@ -54,6 +54,15 @@ class Synced:
 
 
 @dataclass(frozen=True, slots=True)
+class SyncedRange:
+    """A barrier of a range has returned; it covers what had ended there at `begin`."""
+
+    begin: int
+    offset: int
+    end: int
+
+
+@dataclass(frozen=True, slots=True)
 class Redone:
     """The redo log says this now."""
 
@@ -89,7 +98,16 @@ class Faulted:
 
 
 Event = (
-    Applied | Sized | Ended | Synced | Redone | Began | Acknowledged | Failed | Faulted
+    Applied
+    | Sized
+    | Ended
+    | Synced
+    | SyncedRange
+    | Redone
+    | Began
+    | Acknowledged
+    | Failed
+    | Faulted
 )
 
 
@@ -197,7 +215,7 @@ class Disk(Storage):
     async def write(self, offset: int, data: Buffer, *, durable: bool = False) -> None:
         # the caller may not change it before we return, and a bug there must show
         call = self._begin()
-        begin = self.now()
+        first, end = offset, offset + len(data)
         await self.suspend()
         fault = self._due("write")
         if fault is not None:
@@ -220,7 +238,8 @@ class Disk(Storage):
         await self.suspend()
         self.note(Ended(call))
         if durable:
-            self.note(Synced(begin))
+            # of its own bytes, and of what was there before them
+            self.note(SyncedRange(self.now(), first, end))
 
     async def zero(self, offset: int, length: int, *, unmap: bool) -> None:
         call = self._begin()
@@ -258,6 +277,15 @@ class Disk(Storage):
         await self.suspend()
         await self.suspend()
         self.note(Synced(begin))
+
+    async def flush_range(self, offset: int, length: int) -> None:
+        begin = self.now()
+        await self.suspend()
+        fault = self._due("flush")
+        if fault is not None:
+            raise self._error(fault)
+        await self.suspend()
+        self.note(SyncedRange(begin, offset, offset + length))
 
     async def extents(
         self, offset: int, length: int, *, max_extents: int = 1 << 20

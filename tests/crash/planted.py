@@ -41,6 +41,12 @@ async def _nothing(*_: object, **__: object) -> None:
     """Be skipped."""
 
 
+class _NoBarrier:
+    """Makes nothing durable."""
+
+    barrier = barrier_of = _nothing
+
+
 def _follow_commits(patch: Patch, skip: Callable[[Committer, bool], bool]) -> None:
     """Skip barriers of commits; `skip` is told whether the held words are written."""
     barrier, commit, write = (
@@ -230,12 +236,12 @@ def block_not_durable(patch: Patch) -> None:
     write_fresh = RefcountedPool._write_fresh
 
     async def new_write(self: RefcountedPool, *blocks: Any) -> Any:
-        barrier = self._barrier
-        self._barrier = _nothing
+        durability = self._durability
+        self._durability = _NoBarrier()
         try:
             return await write_fresh(self, *blocks)
         finally:
-            self._barrier = barrier
+            self._durability = durability
 
     patch.setattr(RefcountedPool, "_write_fresh", new_write)
 
@@ -256,12 +262,12 @@ def table_moved_too_early(patch: Patch) -> None:
     move = RefcountedPool._move_table
 
     async def new_move(self: RefcountedPool, *place: Any) -> None:
-        barrier = self._barrier
-        self._barrier = _nothing
+        durability = self._durability
+        self._durability = _NoBarrier()
         try:
             await move(self, *place)
         finally:
-            self._barrier = barrier
+            self._durability = durability
 
     patch.setattr(RefcountedPool, "_move_table", new_move)
 
@@ -299,6 +305,29 @@ def redo_dead_too_early(patch: Patch) -> None:
         await commit(self)
 
     patch.setattr(Committer, "_commit", new_commit)
+
+
+def reserved_length_not_durable(patch: Patch) -> None:
+    """Entries name clusters past what is durably the end of the file."""
+    make_durable = Pool._make_durable
+
+    async def new_make_durable(self: Pool, tail: Any, written: Any) -> None:
+        if tail is None:
+            await make_durable(self, tail, written)
+        else:
+            await make_durable(self, (0, 1), written)
+
+    patch.setattr(Pool, "_make_durable", new_make_durable)
+
+
+def reserved_references_not_durable(patch: Patch) -> None:
+    """Entries name clusters whose references are not durable."""
+    make_durable = Pool._make_durable
+
+    async def new_make_durable(self: Pool, tail: Any, written: Any) -> None:
+        await make_durable(self, tail, [] if tail else written)
+
+    patch.setattr(Pool, "_make_durable", new_make_durable)
 
 
 def reused_without_zeroing(patch: Patch) -> None:
@@ -342,6 +371,8 @@ PLANTED: Final = {
         Planted(flush_does_not_wait, ("v3", "v1")),
         Planted(redo_dead_too_early, _COPYING),
         Planted(no_barrier_at_opening, ("v3", "v1", "v3-snapshot"), restart=True),
+        Planted(reserved_length_not_durable, ("v3", "v2", "v1")),
+        Planted(reserved_references_not_durable, ("v3", "v2")),
         Planted(reused_without_zeroing, ("v3-filled", "v1")),
     )
 }

@@ -129,6 +129,16 @@ class Committer:
         # Of two that overlap, one may have taken the error of both.
         self.check()
 
+    async def barrier_of(self, offset: int, length: int) -> None:
+        """Make a range of the file durable, and its length as far as the range's end."""
+        self.check()
+        try:
+            await self._storage.flush_range(offset, length)
+        except OSError as error:
+            self.failed = error
+            raise
+        self.check()
+
     # -- words
 
     async def change(

@@ -15,10 +15,9 @@ A clean close gives the rest of the pool back; a crash leaks it at most.
 import asyncio
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from errno import EFBIG, ENOSPC, EOPNOTSUPP
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.commit import Freed
@@ -26,9 +25,7 @@ from nbdserve.formats.mapped.free_runs import FreeRuns
 from nbdserve.storage.base import Storage
 
 #: Bytes of the first reservation, and of those that follow in haste. What is reserved is
-#: sparse: it costs no disk space until it is used. But its barrier writes out all the
-#: data that is dirty by then, while the writer goes on: with 4 MiB growing to 256 MiB a
-#: stream of 64 KiB writes had 12 barriers in its first GiB, with these it has 2.
+#: sparse: it costs no disk space until it is used.
 _FIRST: Final = 64 << 20
 _MOST: Final = 1 << 30
 #: A reservation that lasted less than this is followed by the larger kind.
@@ -37,6 +34,22 @@ _HASTE_S: Final = 10.0
 _USUAL_BITS: Final = 16
 _LEAST_CLUSTERS: Final = 8
 _ZEROS: Final = bytes(1 << 16)
+_SECTOR: Final = 512
+#: More ranges than this are cheaper to make durable by a barrier.
+_MOST_RANGES: Final = 8
+
+#: A range of the file that was written: offset and length in bytes.
+Written = tuple[int, int]
+
+
+class Durability(Protocol):
+    """How a pool makes durable what it wrote (`Committer`)."""
+
+    async def barrier(self) -> None:
+        """Make everything durable that was written before."""
+
+    async def barrier_of(self, offset: int, length: int) -> None:
+        """Make a range of the file durable, and its length as far as the range's end."""
 
 
 class Grant(NamedTuple):
@@ -75,7 +88,7 @@ class Pool(ABC):
         self,
         storage: Storage,
         cluster_bits: int,
-        barrier: Callable[[], Awaitable[None]],
+        durability: Durability,
         end: int,
         metadata: set[int],
         tables: set[int],
@@ -85,7 +98,7 @@ class Pool(ABC):
         self.tables = tables
         self._storage = storage
         self._cluster_bits = cluster_bits
-        self._barrier = barrier
+        self._durability = durability
         self._end = end
         self._runs: list[_Run] = []
         self._free = FreeRuns()
@@ -99,10 +112,13 @@ class Pool(ABC):
     # -- what the format does
 
     @abstractmethod
-    async def _reserve(self, runs: list[tuple[int, int]]) -> None:
+    async def _reserve(self, runs: list[tuple[int, int]]) -> list[Written]:
         """Give the clusters of `runs` (first, count) a reference, in the file.
 
         If it fails, none of them has one in memory.
+
+        Returns:
+            What was written and has to become durable.
         """
 
     @abstractmethod
@@ -212,9 +228,12 @@ class Pool(ABC):
         wanted = max(contiguous, self._target)
         async with self._lock:
             found: list[tuple[int, int]] = []
+            end = self._end
             try:
                 await self._find(found, wanted, contiguous)
-                await self._reserve(found)
+                new = found == [(end, found[0][1])] and not self._storage.fixed_size
+                tail = await self._put_tail(*found[0]) if new else None
+                written = await self._reserve(found)
             except BaseException:
                 for start, count in found:
                     self._keep_free(start, count)
@@ -222,10 +241,28 @@ class Pool(ABC):
             added = [_Run(start, count, durable=False) for start, count in found]
             self._runs += added
             # If this fails the image takes no more writes, and the runs stay soft.
-            await self._barrier()
+            await self._make_durable(tail, written)
             for run in added:
                 run.durable = True
         self._refilled_at = time.monotonic()
+
+    async def _make_durable(self, tail: Written | None, written: list[Written]) -> None:
+        """Make a reservation durable, and if possible nothing else.
+
+        A barrier writes out all other dirty data too, while their writer goes on: with
+        200 MiB of them it takes 110 ms here, and a few ranges 2 ms.
+        """
+        if tail is None or len(written) >= _MOST_RANGES:
+            await self._durability.barrier()
+            return
+        for offset, length in [tail, *written]:
+            await self._durability.barrier_of(offset, length)
+
+    async def _put_tail(self, start: int, count: int) -> Written:
+        """Write the last sector of new clusters: once durable, so is the file's length."""
+        tail = ((start + count) << self._cluster_bits) - _SECTOR
+        await self._storage.put(tail, bytes(_SECTOR))
+        return tail, _SECTOR
 
     async def _find(
         self, found: list[tuple[int, int]], wanted: int, contiguous: int
@@ -346,10 +383,10 @@ class Pool(ABC):
             reserved = [(run.start, run.count) for run in runs]
             for free in await self._unreserve(reserved):
                 self._keep_free(*free)
-            await self._barrier()
+            await self._durability.barrier()
             # Only what this session itself has found free or added: where refcounts
             # are wrong, somebody's data may lie behind the last one.
             end = self._free.last_before(self._end) << self._cluster_bits
             if not self._storage.fixed_size and end < self._storage.size:
                 await self._storage.truncate(end)
-                await self._barrier()
+                await self._durability.barrier()

@@ -117,7 +117,7 @@ def _open_space(
     located.add(header.backing_file_offset, len(name), header.cluster_bits)
     located.tables = table_clusters(l1, Qcow1Entries.l1_offset_mask, geometry)
     pool = UncountedPool(
-        storage, header.cluster_bits, commit.barrier, located.metadata, located.tables
+        storage, header.cluster_bits, commit, located.metadata, located.tables
     )
 
     async def owned(host_offset: int, is_table: bool) -> bool:

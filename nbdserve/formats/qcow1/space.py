@@ -5,10 +5,8 @@ of the file, and from what this session itself has freed. `Pool` extends the fil
 before a cluster is linked: other programs take the end of the file for free space.
 """
 
-from collections.abc import Awaitable, Callable
-
 from nbdserve.formats.mapped.commit import Freed
-from nbdserve.formats.mapped.pool import Pool
+from nbdserve.formats.mapped.pool import Durability, Pool, Written
 from nbdserve.storage.base import Storage
 
 
@@ -19,16 +17,17 @@ class UncountedPool(Pool):
         self,
         storage: Storage,
         cluster_bits: int,
-        barrier: Callable[[], Awaitable[None]],
+        durability: Durability,
         metadata: set[int],
         tables: set[int],
     ) -> None:
         """See `Pool`."""
         end = -(-storage.size >> cluster_bits)
-        super().__init__(storage, cluster_bits, barrier, end, metadata, tables)
+        super().__init__(storage, cluster_bits, durability, end, metadata, tables)
 
-    async def _reserve(self, runs: list[tuple[int, int]]) -> None:
+    async def _reserve(self, runs: list[tuple[int, int]]) -> list[Written]:
         """Nothing records a reservation but the length of the file."""
+        return []
 
     async def _unreserve(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Whoever has given clusters back was the only one who used them."""

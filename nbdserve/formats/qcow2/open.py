@@ -203,7 +203,7 @@ async def _open_space(
         if host_offset:
             located.add(host_offset, 1, header.cluster_bits)
     pool = RefcountedPool(
-        storage, header, table, commit.barrier, located.metadata, located.tables
+        storage, header, table, commit, located.metadata, located.tables
     )
     await pool.find_end()
     guard = _Guard(storage, header, pool, commit)

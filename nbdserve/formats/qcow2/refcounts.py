@@ -14,13 +14,13 @@ import asyncio
 import struct
 from array import array
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from errno import EFBIG
 from operator import add
 from typing import Final
 
 from nbdserve.errors import ImageCorruptError, ImageError
-from nbdserve.formats.mapped.pool import Pool
+from nbdserve.formats.mapped.pool import Durability, Pool, Written
 from nbdserve.formats.mapped.tables import decode_words, encode_words
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts
 from nbdserve.formats.qcow2.entries import OFFSET_MASK
@@ -83,13 +83,15 @@ class RefcountedPool(Pool):
         storage: Storage,
         header: Header,
         table: "array[int]",
-        barrier: Callable[[], Awaitable[None]],
+        durability: Durability,
         metadata: set[int],
         tables: set[int],
     ) -> None:
         """`table` is the refcount table; `find_end` must follow."""
         end = -(-storage.size >> header.cluster_bits)
-        super().__init__(storage, header.cluster_bits, barrier, end, metadata, tables)
+        super().__init__(
+            storage, header.cluster_bits, durability, end, metadata, tables
+        )
         self._order = header.refcount_order
         self._limit = (1 << header.refcount_bits) - 1
         self._block_bits = header.cluster_bits + 3 - header.refcount_order
@@ -148,8 +150,9 @@ class RefcountedPool(Pool):
                     del self._blocks[old]
         return block
 
-    async def _write_blocks(self, numbers: list[int]) -> None:
-        """Write what changed in these blocks."""
+    async def _write_blocks(self, numbers: list[int]) -> list[Written]:
+        """Write what changed in these blocks, and return where."""
+        written: list[Written] = []
         for number in numbers:
             block = self._blocks.get(number)
             # what has left the cache was in the file already
@@ -167,6 +170,8 @@ class RefcountedPool(Pool):
                 raise
             finally:
                 block.writing = False
+            written.append((block.host_offset + start, end - start))
+        return written
 
     def _split(self, start: int, count: int) -> Iterator[tuple[int, int, int]]:
         """Cut a run of clusters into (block number, first index, count)."""
@@ -273,8 +278,9 @@ class RefcountedPool(Pool):
 
     # -- reserving
 
-    async def _reserve(self, runs: list[tuple[int, int]]) -> None:
+    async def _reserve(self, runs: list[tuple[int, int]]) -> list[Written]:
         """See `Pool`."""
+        written: list[Written] = []
         changed: list[tuple[int, Block, int, int]] = []
         numbers: dict[int, None] = {}
         try:
@@ -287,13 +293,14 @@ class RefcountedPool(Pool):
                     block.put_counts(first, [1] * length)
                     changed.append((number, block, first, length))
                 # written run by run: the next one may push these blocks out
-                await self._write_blocks(list(numbers))
+                written += await self._write_blocks(list(numbers))
                 numbers.clear()
         except BaseException:
             for number, block, first, length in changed:
                 kept = self._blocks.setdefault(number, block)
                 kept.put_counts(first, [0] * length)
             raise
+        return written
 
     def _require_free(self, number: int, first: int, length: int, block: Block) -> None:
         start = (number << self._block_bits) + first
@@ -401,7 +408,7 @@ class RefcountedPool(Pool):
             block.changed()
             await self._storage.write(block.host_offset, bytes(block.data))
         await self._write_blocks(touched)
-        await self._barrier()
+        await self._durability.barrier()
         return blocks
 
     async def _enter(self, blocks: dict[int, Block]) -> None:
@@ -414,14 +421,14 @@ class RefcountedPool(Pool):
         waiting: set[int] = set()
         for number, block in blocks.items():
             if self._counted_in(block) in waiting:
-                await self._barrier()
+                await self._durability.barrier()
                 waiting.clear()
             await self._storage.write(
                 self._table_offset + 8 * number, _WORD.pack(block.host_offset)
             )
             self._adopt({number: block})
             waiting.add(number)
-        await self._barrier()
+        await self._durability.barrier()
 
     def _counted_in(self, block: Block) -> int:
         """Return the number of the block that has a block's own reference."""
@@ -435,7 +442,7 @@ class RefcountedPool(Pool):
             table[number] = block.host_offset
         offset = start << self._cluster_bits
         await self._storage.write(offset, encode_words(table))
-        await self._barrier()
+        await self._durability.barrier()
         self._header_in_doubt = True
         await self._name_table(offset, len(table))
         self._header_in_doubt = False
@@ -456,7 +463,7 @@ class RefcountedPool(Pool):
             REFCOUNT_TABLE_GROUP_OFFSET,
             encode_refcount_table_group(offset, entries >> self._cluster_bits - 3),
         )
-        await self._barrier()
+        await self._durability.barrier()
 
     def _adopt(self, blocks: dict[int, Block]) -> None:
         for number, block in blocks.items():

@@ -3,14 +3,15 @@
 import asyncio
 import errno
 import random
-from collections.abc import Awaitable, Callable
 from pathlib import Path
 
 import pytest
 
 from nbdserve.errors import ImageCorruptError
+from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.opening import EngineOptions
-from nbdserve.formats.mapped.pool import Pool
+from nbdserve.formats.mapped.pool import Durability, Pool, Written
+from nbdserve.formats.mapped.waits import Pins
 from nbdserve.storage.base import Storage
 from nbdserve.storage.faults import Fault, FaultyStorage, RecordingStorage
 from nbdserve.storage.memory import MemoryStorage
@@ -23,18 +24,17 @@ CLUSTER = 1 << BITS
 class CountingPool(Pool):
     """A pool whose references are in memory, and which notes what it was asked."""
 
-    def __init__(
-        self, storage: Storage, barrier: Callable[[], Awaitable[None]]
-    ) -> None:
-        super().__init__(storage, BITS, barrier, 4, {0, 1}, {2})
+    def __init__(self, storage: Storage, durability: Durability) -> None:
+        super().__init__(storage, BITS, durability, 4, {0, 1}, {2})
         self.counts: dict[int, int] = {}
         self.holes: list[tuple[int, int]] = []
 
-    async def _reserve(self, runs: list[tuple[int, int]]) -> None:
+    async def _reserve(self, runs: list[tuple[int, int]]) -> list[Written]:
         for start, count in runs:
             for cluster in range(start, start + count):
                 assert not self.counts.get(cluster), f"{cluster} is in use"
                 self.counts[cluster] = 1
+        return []
 
     async def _unreserve(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         free = []
@@ -64,13 +64,18 @@ class Bench:
         self.storage = FaultyStorage(self.recorder)
         self.gate = asyncio.Event()
         self.gate.set()
-        self.barriers = 0
-        self.pool = CountingPool(self.storage, self.barrier)
+        self.barriers = self.ranges = 0
+        self.pool = CountingPool(self.storage, self)
 
     async def barrier(self) -> None:
         await self.gate.wait()
         await self.storage.flush()
         self.barriers += 1
+
+    async def barrier_of(self, offset: int, length: int) -> None:
+        await self.gate.wait()
+        await self.storage.flush_range(offset, length)
+        self.ranges += 1
 
     def is_zero(self, cluster: int) -> bool:
         found = bytearray(CLUSTER)
@@ -133,7 +138,8 @@ async def test_waiters_share_a_refill_and_its_failure() -> None:
     assert bench.storage.failed == ["truncate"]
     # and it is not final
     await asyncio.gather(*(bench.pool.refill() for _ in range(4)))
-    assert bench.barriers == 1
+    assert bench.ranges == 1
+    assert not bench.barriers
     await bench.pool.close()
 
 
@@ -244,7 +250,8 @@ async def test_a_storage_of_fixed_size_is_zeroed_and_then_full() -> None:
     memory = MemoryStorage(b"o" * 12 * CLUSTER)
     memory.fixed_size = True
     storage = FaultyStorage(memory)
-    pool = CountingPool(storage, storage.flush)
+    commit = Committer(storage, Pins(), interval_s=1.0, writethrough=False)
+    pool = CountingPool(storage, commit)
     await pool.refill()
     grant = pool.take(100)
     assert grant is not None
