@@ -25,6 +25,7 @@ from tests.crash.disk import (
     Redone,
     Sized,
     Synced,
+    SyncedRange,
 )
 from tests.crash.flavours import Image
 from tests.crash.guest import Allowed, compare
@@ -356,6 +357,8 @@ def _shifted(event: Event, base: int, requests: int) -> Event:
         return replace(event, call=event.call + _CALLS)
     if isinstance(event, Synced):
         return Synced(event.begin + base)
+    if isinstance(event, SyncedRange):
+        return replace(event, begin=event.begin + base)
     if isinstance(event, Began | Acknowledged | Failed):
         return replace(event, request=event.request + requests)
     return event
