@@ -14,6 +14,7 @@ import pytest
 
 from nbdserve.errors import ConfigError
 from nbdserve.storage import executor
+from nbdserve.storage import file as file_module
 from nbdserve.storage.file import INLINE_LIMIT, FileStorage
 from nbdserve.storage.pace import BUDGET_S, PAUSE_S, STALL_S, Pace
 
@@ -86,6 +87,33 @@ async def test_cold_data_is_not_waited_for_inline(tmp_path: Path) -> None:
         await storage.close()
     finally:
         path.unlink()
+
+
+async def test_ranges_are_flushed(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = FileStorage(path)
+    whole: list[str] = []
+
+    async def flush() -> None:
+        whole.append("flush")
+
+    monkeypatch.setattr(storage, "flush", flush)
+    for offset, length in ((0, 1), (4095, 2), (MIB - 512, 512), (5, MIB - 10)):
+        assert storage.try_write(offset, os.urandom(length))
+        await storage.flush_range(offset, length)
+    assert not whole
+    # Where a file can't be mapped (some file systems in user space), all is flushed.
+    monkeypatch.setattr(file_module, "_libc_mmap", lambda *_: file_module._MAP_FAILED)
+    for _ in range(2):
+        await storage.flush_range(0, 512)
+    assert whole == ["flush"] * 2
+    await storage.close()
+
+
+async def test_flushing_a_range_of_a_closed_file_fails(path: Path) -> None:
+    storage = FileStorage(path)
+    await storage.close()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        await storage.flush_range(0, 512)
 
 
 async def test_writes_both_ways_and_grows(path: Path) -> None:

@@ -158,7 +158,7 @@ async def test_clusters_of_a_failed_reservation_are_not_lost() -> None:
     bench = Bench()
     reserve = bench.pool._reserve
 
-    async def fail(runs: list[tuple[int, int]]) -> None:
+    async def fail(runs: list[tuple[int, int]]) -> list[Written]:
         raise OSError(errno.EIO, "failed on command")
 
     bench.pool._reserve = fail  # type: ignore[method-assign]
