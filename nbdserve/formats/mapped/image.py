@@ -115,15 +115,37 @@ class MappedImage(BlockDevice):
             self._mapping, self._parts.backing, offset, length, max_extents
         )
 
-    async def replay(self, links: list[Link]) -> int:
+    def hosts(self, links: list[Link]) -> list[int]:
+        """Return the host offset of each plain cluster that links name."""
+        codec = self._parts.codec
+        words = [link.word for link in links]
+        return [
+            word & codec.l2_offset_mask
+            for word in words
+            if codec.classify(word) == NORMAL
+        ]
+
+    async def replay(self, links: list[Link], unnamed: set[int] | None = None) -> int:
         """Link what a killed server had acknowledged and not linked yet.
+
+        Args:
+            links: At most one for each guest cluster.
+            unnamed: Host offsets of the clusters that nothing names, which loses
+                those that are linked; None if that is known of all of them.
 
         Returns:
             How many links were still missing.
         """
-        missing = [await self._allocator.relink(*link) for link in links]
+        missing = 0
+        for link in links:
+            hosts = self.hosts([link])
+            if unnamed is not None:
+                if not unnamed.issuperset(hosts):
+                    continue
+                unnamed.difference_update(hosts)
+            missing += await self._allocator.relink(*link)
         await self.flush()
-        return sum(missing)
+        return missing
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Refuse: qcow version 1 can't be resized by qemu either."""

@@ -1,6 +1,7 @@
 """What opening a qcow and a qcow2 image have in common."""
 
 import os
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -32,6 +33,10 @@ class EngineOptions:
 
 
 DEFAULT_OPTIONS = EngineOptions()
+
+#: Returns which of these clusters, by host offset, nothing in an open image file names.
+#: It walks over all tables (2 s for 512 GiB, mapped). Raises ImageError and OSError.
+Unnamed = Callable[[int, Collection[int]], set[int]]
 
 
 @dataclass(slots=True)
@@ -66,9 +71,15 @@ def table_clusters(l1: Table, mask: int, geometry: Geometry) -> set[int]:
 
 
 async def replay_leftover(
-    image: MappedImage, storage: Storage, state_dir: Path | None
+    image: MappedImage, storage: Storage, state_dir: Path | None, unnamed: Unnamed
 ) -> bool:
     """Replay what a killed server left in its redo log.
+
+    Args:
+        image: Open for writing; nothing has been changed yet.
+        storage: Its file.
+        state_dir: Where the log is, if there is one.
+        unnamed: Tells which clusters nothing in the image names.
 
     Returns:
         Whether there was such a server: then what it had reserved is leaked.
@@ -78,15 +89,18 @@ async def replay_leftover(
     path = redo_path(state_dir, *storage.identity)
     modified_ns = (await run(os.stat, storage.path)).st_mtime_ns
     leftover = await run(read_leftover, path, modified_ns)
+    count = len(leftover.links)
     if leftover.refused is not None:
         image.notes.append(
-            f"{storage.name}: {len(leftover.links)} acknowledged writes of a killed "
+            f"{storage.name}: {count} acknowledged writes of a killed "
             f"server are lost: {leftover.refused}"
         )
     elif leftover.links:
-        count = await image.replay(leftover.links)
+        hosts = image.hosts(leftover.links)
+        free = await storage.call(lambda fd: unnamed(fd, hosts))
+        linked = await image.replay(leftover.links, free)
         image.notes.append(
-            f"{storage.name}: linked {count} acknowledged writes of a killed server"
+            f"{storage.name}: linked {linked} acknowledged writes of a killed server"
         )
     return leftover.killed
 

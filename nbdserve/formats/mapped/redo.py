@@ -7,10 +7,13 @@ meant for tmpfs: it survives the death of the process and not that of the machin
 it lie on a disk, the kernel's boot id tells that the machine has been restarted, and
 the file is ignored: without the page cache the data it points to may be gone.
 
-It is replayed at the next open for writing if nobody else wrote the image meanwhile:
-each record names the word that the file must still hold.
+It is replayed at the next open for writing if nobody else wrote the image meanwhile.
+What tells: the image's time stamp, for which the log is touched all the time while it has
+something to say; the word that the file must still hold, which each record names; and a walk
+over all tables that finds the cluster named by nothing else (`opening.py`).
 """
 
+import asyncio
 import os
 import struct
 import zlib
@@ -23,12 +26,16 @@ _MAGIC: Final = b"nbdserve redo 1\n"
 #: Where the sequence number stands up to which all records are dead. It is
 #: overwritten in place, which needs no space and so can't fail on a full tmpfs.
 _DEAD: Final = struct.Struct("<Q")
-#: Records of which all are dead are dropped once the file has this many bytes.
+#: Dead records are dropped once they take this many bytes, and more than the live ones.
 _TIDY: Final = 1 << 20
+#: How often the log is touched while a record in it is live.
+_BEAT_S: Final = 0.25
 #: How far the image's time stamp may be past the log's before someone else must have
-#: written it. While a record is live the log is touched at each commit, that is
-#: at least once in the commit interval and two barriers.
-_SLACK_NS: Final = 60 * 10**9
+#: written it. Between two beats the server itself writes; a beat comes late by as long
+#: as the loop is kept from turning, or the file system's clock is ahead. Another
+#: writer must be started, open the image and be done within this time, and leave the same
+#: word behind and the cluster unused, to be overlooked.
+_SLACK_NS: Final = 10 * 10**9
 
 
 class Link(NamedTuple):
@@ -68,7 +75,8 @@ class RedoLog:
         """
         self.path = path
         self.sequence = 0
-        self._live = False
+        self._dead = 0
+        self._beat: asyncio.TimerHandle | None = None
         self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         os.ftruncate(self._fd, 0)
         os.pwrite(self._fd, _head() + _DEAD.pack(0), 0)
@@ -85,25 +93,67 @@ class RedoLog:
             return False
         self._end += len(record)
         self.sequence += 1
-        self._live = True
+        if self._beat is None:
+            self._schedule()
         return True
 
     def committed(self, sequence: int) -> None:
         """Declare all records up to `sequence` dead."""
-        if not self._live:
+        if self._dead == self.sequence:
             return
-        os.pwrite(self._fd, _DEAD.pack(sequence), self._first - _DEAD.size)
-        if sequence == self.sequence:
-            self._live = False
-            if self._end > _TIDY:
-                os.ftruncate(self._fd, self._first)
-                self._end = self._first
+        self._dead = sequence
+        self._touch()
+        live = (self.sequence - sequence) * _RECORD.size
+        if self._end - self._first - live > max(live, _TIDY):
+            self._tidy(live)
 
     def close(self, *, remove: bool) -> None:
         """Close, and remove the file if all it says is in the image."""
+        if self._beat is not None:
+            self._beat.cancel()
         os.close(self._fd)
         if remove:
             self.path.unlink(missing_ok=True)
+
+    def _touch(self) -> None:
+        os.pwrite(self._fd, _DEAD.pack(self._dead), self._first - _DEAD.size)
+
+    def _schedule(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._beat = loop.call_later(_BEAT_S, self._tick)
+
+    def _tick(self) -> None:
+        """Say that what the image's time stamp tells by now is our own doing."""
+        self._beat = None
+        if self._dead != self.sequence:
+            self._touch()
+            self._schedule()
+
+    def _tidy(self, live: int) -> None:
+        """Drop the dead records; under steady load there is never a moment without live ones."""
+        if not live:
+            os.ftruncate(self._fd, self._first)
+            self._end = self._first
+            return
+        with self.path.open("rb") as log:
+            log.seek(self._end - live)
+            records = log.read(live)
+        fresh = self.path.with_suffix(".new")
+        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        data = _head() + _DEAD.pack(self._dead) + records
+        try:
+            whole = os.pwrite(fd, data, 0) == len(data)
+        except OSError:
+            whole = False
+        if not whole:
+            # no room for both: the old one goes on
+            os.close(fd)
+            fresh.unlink()
+            return
+        fresh.rename(self.path)
+        os.close(self._fd)
+        self._fd = fd
+        self._end = len(data)
 
 
 class Leftover(NamedTuple):

@@ -8,7 +8,7 @@ process.
 import os
 import sys
 from array import array
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from nbdserve.errors import ImageError
 from nbdserve.formats.check_result import CheckResult
@@ -86,6 +86,13 @@ class _Check:
                 if word:
                     self._l2_table(index, word)
         self._result.image_end_offset = self._end
+
+    def is_free(self, offset: int, length: int) -> bool:
+        """Return whether nothing that was found lies in a region."""
+        first, count = _sectors(offset, length)
+        return not (
+            self._plain.touches(first, count) or self._compressed.touches(first, count)
+        )
 
     def _l2_table(self, index: int, host_offset: int) -> None:
         header = self._header
@@ -176,6 +183,35 @@ def check_image(fd: int, filename: str) -> CheckResult:
         ImageError: The header is unusable, or the file too large.
         OSError: The file can't be read.
     """
+    header, size = _read_header(fd, filename)
+    result = CheckResult(
+        filename=filename,
+        format="qcow",
+        total_clusters=-(-header.disk_size // header.cluster_size),
+    )
+    _Check(fd, header, result, size).run()
+    return result
+
+
+def unnamed_clusters(fd: int, host_offsets: Collection[int]) -> set[int]:
+    """Return which of these clusters no table of an image names, in part or as a whole.
+
+    Args:
+        fd: Open for reading.
+        host_offsets: Where they begin.
+
+    Raises:
+        ImageError: The header is unusable, or the file too large.
+        OSError: The file can't be read.
+    """
+    header, size = _read_header(fd, "")
+    check = _Check(fd, header, CheckResult(filename="", format="qcow"), size)
+    check.run()
+    return {each for each in host_offsets if check.is_free(each, header.cluster_size)}
+
+
+def _read_header(fd: int, filename: str) -> tuple[Header, int]:
+    """Return the header, and the size of the file."""
     size = os.lseek(fd, 0, os.SEEK_END)
     start = os.pread(fd, 512, 0)
     needed = header_bytes_needed(start)
@@ -184,10 +220,4 @@ def check_image(fd: int, filename: str) -> CheckResult:
     header = parse_header(start, size)
     if size >> _SECTOR_BITS > _MAX_SECTORS:
         raise ImageError(f"{filename} has {size} bytes: too many to check")
-    result = CheckResult(
-        filename=filename,
-        format="qcow",
-        total_clusters=-(-header.disk_size // header.cluster_size),
-    )
-    _Check(fd, header, result, size).run()
-    return result
+    return header, size

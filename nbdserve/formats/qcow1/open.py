@@ -21,6 +21,7 @@ from nbdserve.formats.mapped.opening import (
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.tables import Table, Tables
 from nbdserve.formats.mapped.waits import Pins
+from nbdserve.formats.qcow1.check import unnamed_clusters
 from nbdserve.formats.qcow1.entries import Qcow1Entries
 from nbdserve.formats.qcow1.header import (
     LENGTH,
@@ -98,8 +99,9 @@ class Qcow1Driver:
         parts = Parts(storage, storage, geometry, codec, tables, pins, backing)
         image = MappedImage(parts, inflate, space)
         if not read_only:
-            await replay_leftover(image, storage, self.options.state_dir)
-            await start_redo(image, storage, self.options.state_dir)
+            state_dir = self.options.state_dir
+            await replay_leftover(image, storage, state_dir, unnamed_clusters)
+            await start_redo(image, storage, state_dir)
         return image
 
 

@@ -7,6 +7,7 @@ flags with those. Blocking reads, for the command line or another process.
 
 import os
 from collections import Counter
+from collections.abc import Collection
 
 from nbdserve.formats.check_result import CheckResult
 from nbdserve.formats.qcow2.cluster_counts import SEGMENT, SEGMENT_BITS
@@ -61,6 +62,26 @@ def check_image(fd: int, filename: str) -> CheckResult:
     compare_refcounts(walk)
     _check_copied(walk)
     return result
+
+
+def unnamed_clusters(fd: int, host_offsets: Collection[int]) -> set[int]:
+    """Return which of these clusters no table, snapshot or bitmap of an image names.
+
+    Args:
+        fd: Open for reading.
+        host_offsets: Where they begin.
+
+    Raises:
+        ImageError: The header is unusable, or there is too much to count.
+        OSError: The file can't be read.
+    """
+    header = read_header(fd)
+    file = ImageFile(fd)
+    require_countable(header, file.size)
+    walk = Walk(file, header, CheckResult(filename="", format="qcow2"))
+    walk.run()
+    bits = header.cluster_bits
+    return {offset for offset in host_offsets if not walk.used[offset >> bits]}
 
 
 def compare_refcounts(walk: Walk) -> None:

@@ -23,7 +23,7 @@ from nbdserve.formats.mapped.opening import (
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.tables import Table, Tables
 from nbdserve.formats.mapped.waits import Pins
-from nbdserve.formats.qcow2.check import check_image
+from nbdserve.formats.qcow2.check import check_image, unnamed_clusters
 from nbdserve.formats.qcow2.entries import OFFSET_MASK, Qcow2Entries
 from nbdserve.formats.qcow2.header import (
     AUTOCLEAR_OFFSET,
@@ -100,7 +100,7 @@ class Qcow2Driver:
         if read_only:
             return image
         state_dir = self.options.state_dir
-        if await replay_leftover(image, storage, state_dir):
+        if await replay_leftover(image, storage, state_dir, unnamed_clusters):
             notes = image.notes
             await image.settle()
             await _reclaim(storage, notes)

@@ -1,5 +1,7 @@
 """The redo log: what a killed server acknowledged is linked at the next opening."""
 
+import asyncio
+import errno
 import os
 import random
 import shutil
@@ -29,7 +31,7 @@ def log_with(path: Path, *links: tuple[int, int, int]) -> RedoLog:
     return log
 
 
-def test_records_that_are_live_are_left_over(tmp_path: Path) -> None:
+async def test_records_that_are_live_are_left_over(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log = log_with(path, (1, 0, 10), (2, 0, 20), (1, 0, 11))
     assert read_leftover(path, 0).links == [Link(1, 0, 11), Link(2, 0, 20)]
@@ -46,14 +48,14 @@ def test_no_log_is_no_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 20, 39])
-def test_a_torn_last_record_is_ignored(tmp_path: Path, cut: int) -> None:
+async def test_a_torn_last_record_is_ignored(tmp_path: Path, cut: int) -> None:
     path = tmp_path / "log"
     log_with(path, (1, 0, 10), (2, 0, 20)).close(remove=False)
     os.truncate(path, path.stat().st_size - cut)
     assert read_leftover(path, 0).links == [Link(1, 0, 10)]
 
 
-def test_nothing_is_believed_from_a_broken_record_on(tmp_path: Path) -> None:
+async def test_nothing_is_believed_from_a_broken_record_on(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log_with(path, (1, 0, 10), (2, 0, 20), (3, 0, 30)).close(remove=False)
     data = bytearray(path.read_bytes())
@@ -62,7 +64,7 @@ def test_nothing_is_believed_from_a_broken_record_on(tmp_path: Path) -> None:
     assert read_leftover(path, 0).links == [Link(1, 0, 10)]
 
 
-def test_the_log_of_another_boot_is_ignored(
+async def test_the_log_of_another_boot_is_ignored(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "log"
@@ -80,13 +82,82 @@ def test_what_is_no_log_is_ignored(tmp_path: Path, content: bytes) -> None:
     assert read_leftover(path, 0).links == []
 
 
-def test_an_image_written_later_by_others_is_refused(tmp_path: Path) -> None:
+async def test_an_image_written_later_by_others_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "log"
     log_with(path, (1, 0, 10)).close(remove=False)
-    later = path.stat().st_mtime_ns + 3600 * 10**9
+    later = path.stat().st_mtime_ns + 11 * 10**9
     leftover = read_leftover(path, later)
     assert leftover.refused is not None
     assert "another program" in leftover.refused
+
+
+async def test_the_log_is_touched_while_it_has_something_to_say(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What the image's time stamp is compared with must not be older than a moment."""
+    monkeypatch.setattr(module, "_BEAT_S", 0.001)
+    path = tmp_path / "log"
+    log = log_with(path, (1, 0, 10))
+
+    async def touched() -> bool:
+        os.utime(path, (0, 0))
+        for _ in range(500):
+            await asyncio.sleep(0.002)
+            if path.stat().st_mtime_ns:
+                return True
+        return False
+
+    assert await touched()
+    assert await touched(), "again and again"
+    log.committed(1)
+    os.utime(path, (0, 0))
+    await asyncio.sleep(0.02)
+    assert not path.stat().st_mtime_ns, "all is in the image: nothing to say"
+    log.close(remove=True)
+
+
+async def test_a_steady_load_does_not_let_the_log_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is always a live record when a commit ends, and never a moment to truncate."""
+    monkeypatch.setattr(module, "_TIDY", 4000)
+    path = tmp_path / "log"
+    log = RedoLog(path)
+    largest = 0
+    for number in range(1, 2001):
+        assert log.link(number, 0, number << 16)
+        if number % 10 == 0:
+            log.committed(number - 3)
+            assert [each.guest_cluster for each in read_leftover(path, 0).links] == [
+                number - 2,
+                number - 1,
+                number,
+            ]
+        largest = max(largest, path.stat().st_size)
+    assert largest < 6000
+    log.close(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+async def test_a_log_that_can_t_be_copied_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TIDY", 100)
+    path = tmp_path / "log"
+    log = log_with(path, *((number, 0, number) for number in range(1, 11)))
+    pwrite = os.pwrite
+
+    def full(fd: int, data: bytes, offset: int) -> int:
+        if len(data) > 100:
+            raise OSError(errno.ENOSPC, "no space")
+        return pwrite(fd, data, offset)
+
+    monkeypatch.setattr(os, "pwrite", full)
+    log.committed(9)
+    assert log.link(11, 0, 11)
+    assert read_leftover(path, 0).links == [Link(10, 0, 10), Link(11, 0, 11)]
+    assert list(tmp_path.iterdir()) == [path]
+    log.close(remove=True)
 
 
 # -- with images
@@ -186,6 +257,59 @@ async def test_a_repair_of_leaks_between_is_no_corruption(tmp_path: Path) -> Non
     await image.close()
     assert not u64(killed.path.read_bytes(), HEADER_INCOMPATIBLE)
     run("qemu-img", "check", killed.path)
+
+
+def kept_words(killed: Killed) -> list[Link]:
+    (log,) = killed.state.iterdir()
+    return read_leftover(log, 0).links
+
+
+def unit(killed: Killed) -> int:
+    """Return the bytes of a cluster: qemu-img makes small ones for overlays of version 1."""
+    return 512 if killed.fmt == "qcow" else CLUSTER
+
+
+def undamaged(killed: Killed) -> bool:
+    result = check_image(killed.path)
+    assert result is not None
+    return not result.corruptions and not result.check_errors
+
+
+async def test_a_cluster_that_was_given_to_another_entry_is_not_shared(
+    killed: Killed,
+) -> None:
+    """Another writer took what looked leaked, and the word is the old one again."""
+    await killed.write_and_die(9 * CLUSTER)
+    (link,) = kept_words(killed)
+    content = bytearray(killed.path.read_bytes())
+    mask = (1 << 55) - 1
+    l2_offset = u64(content, u64(content, 40)) & mask
+    other = 20 * CLUSTER // unit(killed)
+    content[l2_offset + 8 * other : l2_offset + 8 * other + 8] = link.word.to_bytes(
+        8, "big"
+    )
+    killed.path.write_bytes(content)
+    host_offset = link.word & mask
+    data = content[host_offset : host_offset + unit(killed)]
+    image = await killed.open()
+    assert await image.read(20 * CLUSTER, len(data)) == data
+    await image.write(9 * CLUSTER, b"mine" * 128)
+    assert await image.read(20 * CLUSTER, len(data)) == data
+    await image.close()
+    assert undamaged(killed)
+
+
+async def test_two_records_of_one_cluster_link_it_once(killed: Killed) -> None:
+    await killed.write_and_die(9 * CLUSTER)
+    (link,) = kept_words(killed)
+    (path,) = killed.state.iterdir()
+    other = 21 * CLUSTER // unit(killed)
+    log_with(path, link, (other, 0, link.word)).close(remove=False)
+    before = bytes(killed.content[21 * CLUSTER : 22 * CLUSTER])
+    image = await killed.open()
+    assert await image.read(21 * CLUSTER, CLUSTER) == before
+    await image.close()
+    assert undamaged(killed)
 
 
 async def test_an_image_written_by_others_since_says_so(killed: Killed) -> None:
