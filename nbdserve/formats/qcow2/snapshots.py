@@ -250,6 +250,8 @@ class Snapshots:
         structure.adopt_tree(place, words)
         structure.set_size(size)
         structure.give_back(old_offset, old_length)
+        # whoever reads the disk of before must not find its clusters punched
+        await self._parts.pins.drained()
         await structure.pool.unshare(old_counts.beyond(new_counts))
 
     async def complete(self) -> None:

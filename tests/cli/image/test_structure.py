@@ -1,5 +1,6 @@
 """`nbdserve image snapshot`, `resize`, `amend`: what they do, say and refuse."""
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -260,8 +261,12 @@ def test_repair_links_what_a_killed_server_left(
     status = path.stat()
     log = RedoLog(redo_path(tmp_path, status.st_dev, status.st_ino))
     old = u64(data, l2_entry_of(data, 0))
-    log.link(0, old, COPIED | place)
-    log.close(remove=False)
+
+    async def acknowledge() -> None:
+        log.link(0, old, COPIED | place)
+        log.close(remove=False)
+
+    asyncio.run(acknowledge())
     assert image("check", path, "--repair", "leaks") == 0
     assert "linked 1 acknowledged writes" in capsys.readouterr().err
     run("qemu-img", "check", path)

@@ -183,3 +183,45 @@ async def test_an_overwritten_compressed_cluster_is_not_read_from_memory(
     await compressed.write(size, b"n" * size)
     await compressed.assert_content()
     await compressed.close_and_check()
+
+
+async def test_nothing_is_used_again_while_somebody_may_still_read_it(
+    compressed: Disk,
+) -> None:
+    """The first reader fails, the second one, who waited for it, reads the same bytes.
+
+    Meanwhile the cluster is overwritten, and that is durable: but for the reader, its
+    place could be punched and given to others.
+    """
+    image = compressed.image
+    await image.cache(0, 10)  # the L2 table is in memory now
+    inflater = image._reader._inflater
+    load, turns = inflater._load, [asyncio.Event(), asyncio.Event()]
+    loads = 0
+
+    async def slowly(host_offset: int, length: int) -> bytes:
+        nonlocal loads
+        loads += 1
+        number = loads
+        await turns[number - 1].wait()
+        if number == 1:
+            raise OSError(5, "the first one fails")
+        return await load(host_offset, length)
+
+    inflater._load = slowly  # type: ignore[method-assign]
+    first = asyncio.create_task(image.read(0, 64))
+    second = asyncio.create_task(image.read(64, 64))
+    await asyncio.sleep(0)
+    size = image._parts.geometry.cluster_size
+    await compressed.write(0, b"n" * size)
+    await image.flush()
+    turns[0].set()
+    assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], OSError)
+    # enough to use up what is free, and to look for more
+    for offset in range(size, len(compressed.model), size):
+        await compressed.write(offset, b"o" * size)
+    await image.flush()
+    turns[1].set()
+    assert await second == DATA[:64]
+    await compressed.assert_content()
+    await compressed.close_and_check()

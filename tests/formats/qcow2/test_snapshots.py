@@ -5,6 +5,7 @@ import contextlib
 import random
 from errno import EPERM
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -13,9 +14,13 @@ from nbdserve.formats.check import check_image
 from nbdserve.formats.mapped.redo import RedoLog
 from nbdserve.formats.open import open_image
 from nbdserve.formats.qcow2.image import Qcow2Image
+from nbdserve.formats.qcow2.structure import Structure
 from nbdserve.storage.faults import NO_FAULT, Fault
 from tests.helpers.engine import HEADER_SNAPSHOTS, Disk, convert, make, open_bytes, u32
 from tests.helpers.tools import run
+
+if TYPE_CHECKING:
+    from array import array
 
 KIB = 1 << 10
 MIB = 1 << 20
@@ -269,6 +274,36 @@ async def test_writers_go_on_around_a_snapshot(tmp_path: Path, redo: bool) -> No
         content = out.read_bytes()
         for lane in range(5):
             assert latest(content, lane) >= before[name][lane]
+
+
+async def test_what_is_being_read_is_not_punched_by_an_apply(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = make(tmp_path, SIZE)
+    disk = await open_bytes(tmp_path, path.read_bytes())
+    image = of_disk(disk)
+    await image.create_snapshot("empty")
+    await disk.write(0, b"read this" * 1000)
+    pins = image._parts.pins
+    generations: list[int] = []
+    adopt = Structure.adopt_tree
+
+    def read_and_adopt(self: Structure, host_offset: int, words: "array[int]") -> None:
+        # a reader looked at the old tables a moment ago, and waits for the disk
+        generations.append(pins.enter())
+        adopt(self, host_offset, words)
+
+    monkeypatch.setattr(Structure, "adopt_tree", read_and_adopt)
+    applying = asyncio.create_task(image.apply_snapshot("empty"))
+    for _ in range(200):
+        await asyncio.sleep(0)
+    assert generations
+    assert b"read this" * 1000 in disk.memory.content()
+    pins.leave(generations.pop())
+    await applying
+    assert b"read this" * 1000 not in disk.memory.content()
+    disk.model[:] = bytes(SIZE)
+    await disk.close_and_check()
 
 
 async def test_names(tmp_path: Path) -> None:
