@@ -19,11 +19,11 @@ from structlog.typing import FilteringBoundLogger
 
 from nbdserve.errors import ProtocolError
 from nbdserve.exports.export import Export
-from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import Buffer
-from nbdserve.server.limits import Limits
-from nbdserve.server.outbox import Arena, Outbox
+from nbdserve.server.outbox import Outbox
 from nbdserve.server.session import Session
+from nbdserve.server.shared import Shared
+from nbdserve.server.stall import StallWatch
 from nbdserve.server.tls import ByteStream, TlsSocket
 from nbdserve.wire.constants import (
     EXTENDED_REQUEST_MAGIC,
@@ -62,10 +62,6 @@ _LEAST_ROOM: Final = 64 << 10
 #: may unpack a cluster.
 _REQUESTS_PER_LOOK: Final = 4
 
-#: While memory is short, a peer has to move this part of what it holds in each
-#: `stall_timeout_s`.
-_PARTS_WHEN_SHORT: Final = 16
-
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
 _DISC: Final = int(Command.DISC)
@@ -84,23 +80,6 @@ class _Payload:
     length: int
     buffer: Buffer
     received: int
-
-
-@dataclass(frozen=True, slots=True)
-class Shared:
-    """What all connections of a loop have together.
-
-    Attributes:
-        limits: What each of them may use.
-        incoming: Where bytes are received.
-        outgoing: Where replies are put together.
-        budget: Bytes in flight of all.
-    """
-
-    limits: Limits
-    incoming: Arena
-    outgoing: Arena
-    budget: Budget
 
 
 class Connection:
@@ -134,9 +113,10 @@ class Connection:
             export,
             negotiated,
             self._outbox,
-            shared.budget,
-            self._on_progress,
-            log,
+            budget=shared.budget,
+            turnstile=shared.turnstile,
+            on_progress=self._on_progress,
+            log=log,
         )
         self._facts = ExportFacts(
             size=negotiated.export.size,
@@ -160,7 +140,7 @@ class Connection:
         self._starved = False  # a large request has to wait for memory
         self._payload: _Payload | None = None
         self._bytes_taken = 0  # of long payloads, ever
-        self._progress = (0, loop.time())  # see `end_if_stalled`
+        self._stall_watch = StallWatch(loop.time())
         self._drain_left = 0  # bytes of the payload of a refused write
         self._reading = False  # the loop watches the socket
         self._continuing = False  # a turn is scheduled
@@ -197,19 +177,18 @@ class Connection:
     def end_if_stalled(self) -> None:
         """Close if the peer makes the server hold memory, and moves nothing.
 
-        To be called every now and then. Who holds nothing may be silent for ever: a disk
-        that is mounted and idle. When memory is short, a trickle is not enough.
+        To be called every now and then.
         """
-        now_s = self._loop.time()
-        held, moved = self._held(), self._bytes_taken + self._outbox.bytes_unblocked
-        seen, since_s = self._progress
-        enough = held // _PARTS_WHEN_SHORT if self._budget.exhausted else 0
-        if not held or moved - seen > enough:
-            self._progress = (moved, now_s)
-        elif now_s - since_s > self._limits.stall_timeout_s:
-            seconds = round(now_s - since_s)
-            self.blame = ProtocolError(f"no progress for {seconds} s")
-            self._end(f"no progress for {seconds} s with {held} bytes to move")
+        held = self._held()
+        seconds = self._stall_watch.stalled_s(
+            self._loop.time(),
+            held=held,
+            moved=self._bytes_taken + self._outbox.bytes_unblocked,
+            memory_is_short=self._budget.exhausted,
+        )
+        if seconds > self._limits.stall_timeout_s:
+            self.blame = ProtocolError(f"no progress for {round(seconds)} s")
+            self._end(f"{self.blame} with {held} bytes to move")
             self._close()
 
     def _held(self) -> int:

@@ -25,6 +25,9 @@ REPLY_ARENA: Final = 64 << 10
 _LARGE: Final = REPLY_ARENA // 2
 #: Linux takes up to 1024 (IOV_MAX) in one call; more than a few gain nothing.
 _PIECES_PER_CALL: Final = 64
+#: Bytes handed to the kernel in one call, and, times two, before others have their turn: a
+#: peer that reads as fast as we send would take a queue of 64 MiB in one go (20 ms).
+_BYTES_PER_CALL: Final = 1 << 20
 
 
 class Arena:
@@ -260,14 +263,19 @@ class Outbox:
     def _send_queue(self) -> None:
         """Send what is queued, and wait for the peer if that is not everything."""
         queue = self._queue
+        bytes_left = 2 * _BYTES_PER_CALL
         try:
             while queue:
-                pieces = [piece for piece, _ in _first(queue)]
+                pieces = _first(queue)
                 if len(pieces) == 1:
                     sent = self._socket.send(pieces[0])
                 else:
                     sent = self._socket.sendmsg(pieces)
                 self._sent(sent)
+                bytes_left -= sent
+                if bytes_left <= 0 and queue:
+                    self._block()  # and come back in the next turn of the loop
+                    return
         except (BlockingIOError, InterruptedError):
             self._block()
         except OSError as error:
@@ -321,10 +329,16 @@ class Outbox:
                 buffer.unpin()
 
 
-def _first(
-    queue: deque[tuple[memoryview, Buffer | None]],
-) -> list[tuple[memoryview, Buffer | None]]:
-    """Return what one system call sends."""
-    if len(queue) <= _PIECES_PER_CALL:
-        return list(queue)
-    return [queue[index] for index in range(_PIECES_PER_CALL)]
+def _first(queue: deque[tuple[memoryview, Buffer | None]]) -> list[memoryview]:
+    """Return what one system call sends.
+
+    What could not be sent is offered again, and never less of it: TLS needs that.
+    """
+    pieces: list[memoryview] = []
+    room = _BYTES_PER_CALL
+    for piece, _ in queue:
+        pieces.append(piece[:room])
+        room -= len(piece)
+        if room <= 0 or len(pieces) == _PIECES_PER_CALL:
+            break
+    return pieces

@@ -5,6 +5,7 @@ import errno
 import socket
 from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
+from functools import partial
 from typing import Any, Final
 
 import structlog
@@ -17,10 +18,12 @@ from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import BufferPool
-from nbdserve.server.connection import RECEIVE_ARENA, Connection, Shared
+from nbdserve.server.bulk import Turnstile
+from nbdserve.server.connection import RECEIVE_ARENA, Connection
 from nbdserve.server.limits import Limits
 from nbdserve.server.line import Line
 from nbdserve.server.listeners import Endpoint, Listener
+from nbdserve.server.lobby import Lobby
 from nbdserve.server.negotiation import Chosen, negotiate
 from nbdserve.server.notify import (
     feed_watchdog,
@@ -29,11 +32,13 @@ from nbdserve.server.notify import (
     watchdog_interval_s,
 )
 from nbdserve.server.outbox import REPLY_ARENA, Arena
+from nbdserve.server.shared import Shared
 from nbdserve.server.tls import TlsCredentials
 from nbdserve.wire.handshake import HandshakeLimits, ServerHandshake
 
-#: Clients accepted in one go; the loop comes back for more.
-_ACCEPTED_PER_TURN: Final = 16
+#: Clients accepted in one go, 20 us each; the loop comes back for more, and others have
+#: their turn in between.
+_ACCEPTED_PER_TURN: Final = 2
 #: How long to wait when there are no file descriptors left.
 _ACCEPT_PAUSE_S: Final = 0.2
 #: The most between two looks for clients that hold memory and do nothing with it.
@@ -99,7 +104,7 @@ class Server:
     @property
     def connections(self) -> int:
         """How many clients are connected."""
-        return len(self._clients)
+        return len(self._clients) + len(self._lobby)
 
     @property
     def stopping(self) -> bool:
@@ -114,6 +119,13 @@ class Server:
             incoming=Arena(self._pool, RECEIVE_ARENA),
             outgoing=Arena(self._pool, REPLY_ARENA),
             budget=Budget(self._limits.total_bytes_in_flight),
+            turnstile=Turnstile(self._loop),
+        )
+        self._lobby = Lobby(
+            self._loop,
+            self._limits.handshake_timeout_s,
+            partial(self._negotiate_with, greeted=True),
+            self._accept_again,
         )
         for listener in self.listeners:
             self._accept_from(listener)
@@ -161,9 +173,7 @@ class Server:
                 self._loop.remove_reader(listener.sock.fileno())
                 self._loop.call_later(_ACCEPT_PAUSE_S, self._accept_from, listener)
                 return
-            if len(self._clients) >= self._limits.connections and (
-                not self._make_room()
-            ):
+            if self.connections >= self._limits.connections and not self._make_room():
                 if not self._full:
                     self._full = True  # once: whoever knocks could fill the log
                     self._log.warning(
@@ -173,7 +183,8 @@ class Server:
                 sock.close()
                 continue
             self._full = False
-            _ = self.welcome(sock, address)
+            sock.setblocking(False)
+            self._lobby.admit(sock, address)
 
     def welcome(self, sock: socket.socket, address: Any) -> asyncio.Task[None]:
         """Serve the client of a connected socket, which is closed in the end.
@@ -182,29 +193,53 @@ class Server:
             Done when the client is gone.
         """
         sock.setblocking(False)
+        deadline_s = self._loop.time() + self._limits.handshake_timeout_s
+        return self._negotiate_with(sock, address, deadline_s)
+
+    def _negotiate_with(
+        self,
+        sock: socket.socket,
+        address: Any,
+        deadline_s: float,
+        *,
+        greeted: bool = False,
+    ) -> asyncio.Task[None]:
+        """Begin the handshake."""
         handshake = ServerHandshake(
             tls=self._credentials.mode,
             limits=HandshakeLimits(options=self._limits.options),
+            greeted=greeted,
         )
         line = Line(self._loop, sock, address)
-        client = self._loop.create_task(self._serve_client(sock, line, handshake))
+        client = self._loop.create_task(
+            self._serve_client(sock, line, handshake, deadline_s)
+        )
         self._handshakes[handshake] = client
         self._clients.add(client)
-        client.add_done_callback(self._on_client_gone)
+        client.add_done_callback(partial(self._on_client_gone, handshake, line))
         return client
 
     def _enough(self) -> bool:
         """Tell whether who comes now has to wait until somebody has gone."""
-        return self._at_once is not None and len(self._clients) >= self._at_once
+        return self._at_once is not None and self.connections >= self._at_once
 
-    def _on_client_gone(self, client: asyncio.Task[None]) -> None:
+    def _on_client_gone(
+        self, handshake: ServerHandshake, line: Line, client: asyncio.Task[None]
+    ) -> None:
+        # a task that was cancelled before its first step has not done these
+        self._handshakes.pop(handshake, None)
+        line.close()
         self._clients.discard(client)
+        self._accept_again()
+
+    def _accept_again(self) -> None:
+        """Let somebody in who had to wait."""
         if self._at_once is not None:
             for listener in self.listeners:
                 self._accept_from(listener)
 
     def _make_room(self) -> bool:
-        """Let go of the client that has been in its handshake for longest.
+        """Let go of the client that has been silent, or in its handshake, for longest.
 
         Most handshakes take milliseconds. So whoever holds connections open without a
         word can't keep anybody out.
@@ -212,6 +247,8 @@ class Server:
         Returns:
             Whether there was one.
         """
+        if self._lobby.drop_oldest():
+            return True
         if not self._handshakes:
             return False
         oldest = next(iter(self._handshakes))
@@ -230,14 +267,18 @@ class Server:
         )
 
     async def _serve_client(
-        self, sock: socket.socket, line: Line, handshake: ServerHandshake
+        self,
+        sock: socket.socket,
+        line: Line,
+        handshake: ServerHandshake,
+        deadline_s: float,
     ) -> None:
         """See a client through from its handshake to its end."""
         log = self._log.bind(peer=line.peer)
         with closing(line):
             try:
                 _tune(sock)
-                async with asyncio.timeout(self._limits.handshake_timeout_s):
+                async with asyncio.timeout_at(deadline_s):
                     outcome = await negotiate(
                         line,
                         handshake,
@@ -285,7 +326,7 @@ class Server:
         finally:
             chosen.export.clients -= 1
             del self._connections[connection]
-            if len(self._clients) == 1 and self.on_last_client_gone is not None:
+            if self.connections == 1 and self.on_last_client_gone is not None:
                 self.on_last_client_gone()
         counters = connection.session.counters
         tell = log.info if connection.blame is None else log.warning
@@ -362,6 +403,7 @@ class Server:
         for listener in self.listeners:
             self._loop.remove_reader(listener.sock.fileno())
             listener.close()
+        self._lobby.close()
         for handshake in self._handshakes:
             handshake.shut_down()
 

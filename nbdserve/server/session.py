@@ -19,6 +19,7 @@ from nbdserve.exports.export import Export
 from nbdserve.observe.counters import ConnectionCounters
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import Buffer
+from nbdserve.server.bulk import BULK, Turnstile, read_bulk
 from nbdserve.server.dispatch import (
     HANDLERS,
     Outcome,
@@ -107,17 +108,20 @@ class Session:
         "_read_header",
         "_structured",
         "_tasks",
+        "_turnstile",
         "bytes_in_flight",
         "counters",
         "in_flight",
     )
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 -- what a connection is made of
         self,
         export: Export,
         negotiated: Negotiated,
         outbox: Outbox,
+        *,
         budget: Budget,
+        turnstile: Turnstile,
         on_progress: Callable[[], None],
         log: FilteringBoundLogger,
     ) -> None:
@@ -126,6 +130,7 @@ class Session:
         self._outbox = outbox
         self._arena = outbox.arena
         self._budget = budget
+        self._turnstile = turnstile
         self._on_progress = on_progress
         self._structured = negotiated.structured
         self._extended = negotiated.extended
@@ -155,7 +160,11 @@ class Session:
         buffer = self._outbox.reserve(size)
         start = buffer.position - size
         data = start + self._read_header
-        coroutine = self._device.read_into(offset, buffer.view[data : data + length])
+        view = buffer.view[data : data + length]
+        if length > BULK:
+            coroutine = read_bulk(self._turnstile, self._device, offset, view)
+        else:
+            coroutine = self._device.read_into(offset, view)
         try:
             waits_for = coroutine.send(None)
         except StopIteration as finished:

@@ -42,6 +42,10 @@ _CLIENT_FLAGS: Final = struct.Struct(">I")
 _EXPORT_NAME_REPLY: Final = struct.Struct(">QH")
 _KNOWN_CLIENT_FLAGS: Final = int(ClientFlag.FIXED_NEWSTYLE | ClientFlag.NO_ZEROES)
 _HANDLED: Final = frozenset(Option) - {Option.PEEK_EXPORT}
+#: What a server says first: "Newstyle negotiation".
+GREETING: Final = _GREETING.pack(
+    NBDMAGIC, IHAVEOPT, HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,7 +193,9 @@ class ServerHandshake:
         tls: TlsMode = TlsMode.OFF,
         limits: HandshakeLimits | None = None,
         tls_active: bool = False,
+        greeted: bool = False,
     ) -> None:
+        """Begin with the greeting, unless it was sent already."""
         self.state = HandshakeState.CLIENT_FLAGS
         self.negotiated: Negotiated | None = None
         self.closed_because: str | None = None
@@ -199,8 +205,7 @@ class ServerHandshake:
         self._tls = tls
         self._limits = limits or HandshakeLimits()
         self._incoming = bytearray()
-        flags = HandshakeFlag.FIXED_NEWSTYLE | HandshakeFlag.NO_ZEROES
-        self._outgoing = bytearray(_GREETING.pack(NBDMAGIC, IHAVEOPT, flags))
+        self._outgoing = bytearray() if greeted else bytearray(GREETING)
         self._fixed = False
         self._no_zeroes = False
         self._shutting_down = False

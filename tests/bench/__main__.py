@@ -13,9 +13,10 @@ from collections.abc import Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 
-from tests.bench import report
+from tests.bench import attack, report
+from tests.bench.attackers import ATTACKS
 from tests.bench.cells import CELLS, Cell
-from tests.bench.contenders import CONTENDERS, Contender
+from tests.bench.contenders import CONTENDERS, NBDSERVE, Contender
 from tests.bench.disks import Disks
 from tests.bench.load import Sample, measure, missing_tools
 
@@ -32,6 +33,8 @@ def main() -> int:
     if missing:
         sys.stderr.write(f"missing: {', '.join(missing)}; see tests/run\n")
         return 1
+    if arguments.attack is not None:
+        return attacks(arguments)
     cells = [cell for cell in CELLS if chosen(cell.name, arguments.cells)]
     contenders = [c for c in CONTENDERS if chosen(c.name, arguments.servers)]
     if not cells or not contenders:
@@ -72,6 +75,14 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--servers", nargs="*", metavar="NAME", help="only these, likewise"
     )
+    parser.add_argument(
+        "--attack",
+        nargs="*",
+        choices=ATTACKS,
+        metavar="NAME",
+        help="instead: what clients that mean harm do to others, all of them or these:"
+        f" {', '.join(ATTACKS)}",
+    )
     parser.add_argument("--dir", type=Path, help="where the images are made")
     parser.add_argument(
         "--pin", action="store_true", help="fio on the last processor alone"
@@ -86,6 +97,31 @@ def parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def attacks(arguments: argparse.Namespace) -> int:
+    """Measure what attacks do to others, for each chosen server on its own."""
+    wanted = arguments.servers or [NBDSERVE]
+    for contender in CONTENDERS:
+        if not chosen(contender.name, wanted):
+            continue
+        with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="bench-") as scratch:
+            outcomes = attack.run_attacks(
+                Path(scratch),
+                contender,
+                attack.names_of(arguments.attack),
+                rounds=arguments.rounds,
+                runtime_s=arguments.runtime,
+                cpu=fio_cpu(pin=arguments.pin),
+            )
+        layout = report.markdown if arguments.markdown else report.aligned
+        sys.stdout.write(f"{contender.name}\n{layout(attack.rows(outcomes))}\n")
+    return 0
+
+
+def fio_cpu(*, pin: bool) -> str | None:
+    """The processor that fio runs on, if it is to be one."""
+    return str(max(os.sched_getaffinity(0))) if pin else None
+
+
 def chosen(name: str, patterns: Sequence[str] | None) -> bool:
     """Whether any of the patterns is the name; no patterns choose everything."""
     return not patterns or any(fnmatchcase(name, pattern) for pattern in patterns)
@@ -97,7 +133,7 @@ class Bench:
     def __init__(self, scratch: Path, runtime_s: float, *, pin: bool) -> None:
         self._scratch = scratch
         self._runtime_s = runtime_s
-        self._fio_cpu = str(max(os.sched_getaffinity(0))) if pin else None
+        self._fio_cpu = fio_cpu(pin=pin)
         self._disks = Disks(scratch)
 
     def run(self, cell: Cell, contender: Contender) -> Sample:
