@@ -1,78 +1,96 @@
-"""Hand a coroutine that was started inline, and had to wait, to a task.
+"""Go on with a coroutine that was started inline and had to wait, without a task.
 
 Most requests never wait: their blocks are in the page cache and their mapping is
-known. A task for each would cost more than the request itself, so the session drives
-a coroutine with `send(None)` and needs a task only for one that yields:
+known. The session drives each with `send(None)`, and what yields goes on here:
 
     try:
         waits_for = coroutine.send(None)
-    except StopIteration as finished:
-        ...  # done, without a task: finished.value
+    except StopIteration as outcome:
+        ...  # done: outcome.value
     else:
-        task = adopt(loop, coroutine, waits_for)
+        go_on(loop, coroutine, waits_for, finished)
+
+A task could do that too, for three more turns of the loop and about 10 us a request: it
+starts in a turn of its own, is put into the set of all tasks, and reports its end by another
+callback. What it has beyond this is cancelling and `current_task`, which nothing
+below the session uses.
 
 What a coroutine yields is a future with `_asyncio_future_blocking` set: the mark by
-which a task knows that the future came through `await`. The mark lives in
-the future, and a future may have several waiters, so it has to be cleared at once, and set
-again in the moment in which the task takes the future over.
+which a task knows that the future came through `await`. The mark lives in the future,
+and a future may have several waiters, so it is cleared at once.
 """
 
 import asyncio
-from collections.abc import Coroutine
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine
+from typing import Any
 
-_T = TypeVar("_T")
+#: Called with the result and None, or with None and what was raised.
+Finished = Callable[[Any, BaseException | None], None]
 
 
-class _Started(Coroutine[Any, Any, _T]):
-    """A coroutine whose first step has been taken, as a task wants to see it."""
+class _Suspended:
+    """A coroutine between two of its steps."""
 
-    __slots__ = ("_coroutine", "_waits_for")
+    __slots__ = ("_coroutine", "_finished", "_loop")
 
-    def __init__(self, coroutine: Coroutine[Any, Any, _T], waits_for: object) -> None:
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        coroutine: Coroutine[Any, Any, Any],
+        finished: Finished,
+    ) -> None:
+        self._loop = loop
         self._coroutine = coroutine
-        self._waits_for = waits_for
+        self._finished = finished
 
-    def send(self, value: object) -> Any:
-        """Yield first what the coroutine is waiting for, then go on with it."""
-        waits_for = self._waits_for
-        if waits_for is not None:
-            self._waits_for = None
-            if not asyncio.isfuture(waits_for):
-                return waits_for  # the task complains about it in its own words
-            if not waits_for.done():
-                waits_for._asyncio_future_blocking = True  # noqa: SLF001
-                return waits_for
-        return self._coroutine.send(value)
+    def wait(self, waits_for: Any) -> None:
+        """Go on when what was yielded is done: a future, or None for "soon"."""
+        if waits_for is None:
+            self._loop.call_soon(self.resume)
+        elif getattr(waits_for, "_asyncio_future_blocking", None):
+            waits_for._asyncio_future_blocking = False  # noqa: SLF001
+            waits_for.add_done_callback(self.resume)
+        else:
+            error = RuntimeError(f"nobody can wait for {waits_for!r}")
+            self._loop.call_soon(self._complain, error)
 
-    def throw(self, error: Any, *_: object) -> Any:
-        """Raise in the coroutine, where it waits (a task passes an instance)."""
-        self._waits_for = None
-        return self._coroutine.throw(error)
+    def resume(self, _done: object = None) -> None:
+        """Take the next step; a future that failed raises in it."""
+        try:
+            waits_for = self._coroutine.send(None)
+        except StopIteration as outcome:
+            self._finished(outcome.value, None)
+        except BaseException as failure:  # noqa: BLE001 -- it is told to who asked
+            self._finished(None, failure)
+        else:
+            self.wait(waits_for)
 
-    def close(self) -> None:
-        """End the coroutine where it waits."""
-        self._coroutine.close()
+    def _complain(self, error: RuntimeError) -> None:
+        """Raise `error` where the coroutine waits for something strange."""
+        try:
+            waits_for = self._coroutine.throw(error)
+        except StopIteration as outcome:
+            self._finished(outcome.value, None)
+        except BaseException as failure:  # noqa: BLE001
+            self._finished(None, failure)
+        else:
+            self.wait(waits_for)
 
-    def __await__(self) -> Any:
-        """Never wanted: only a task drives this."""
-        raise TypeError("only a task can drive a coroutine that was started inline")
 
-
-def adopt(
+def go_on(
     loop: asyncio.AbstractEventLoop,
-    coroutine: Coroutine[Any, Any, _T],
+    coroutine: Coroutine[Any, Any, Any],
     waits_for: object,
-) -> asyncio.Task[_T]:
-    """Go on with a coroutine as a task.
+    finished: Finished,
+) -> None:
+    """Take a coroutine to its end whenever what it waits for is done.
 
     Call it at once after the first `send(None)`, before anything else runs.
 
     Args:
         loop: The running loop.
         coroutine: One that `send(None)` has driven to its first wait.
-        waits_for: What it yielded: a future, or None for a bare `yield`.
+        waits_for: What it yielded.
+        finished: Called in the end, from the loop, never before this returns.
     """
-    if asyncio.isfuture(waits_for):
-        waits_for._asyncio_future_blocking = False  # noqa: SLF001
-    return loop.create_task(_Started(coroutine, waits_for))
+    _Suspended(loop, coroutine, finished).wait(waits_for)

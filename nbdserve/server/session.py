@@ -1,7 +1,8 @@
 """Carry out the requests of one connection, inline as long as nothing has to wait.
 
 A request whose coroutine finishes at once is answered into the batch that is being
-put together. One that suspends goes on as a task, and its reply leaves on its own.
+put together. One that suspends goes on when what it waits for is done (`inline`), and its
+reply leaves with those of others that were finished in the same turn of the loop.
 A session never cancels: an engine that was started comes to its end.
 """
 
@@ -34,7 +35,7 @@ from nbdserve.server.framing import (
     Range,
     frame_chunks,
 )
-from nbdserve.server.inline import adopt
+from nbdserve.server.inline import go_on
 from nbdserve.server.outbox import Outbox
 from nbdserve.wire.answers import answers
 from nbdserve.wire.constants import (
@@ -107,7 +108,6 @@ class Session:
         "_put_data_header",
         "_read_header",
         "_structured",
-        "_tasks",
         "_turnstile",
         "bytes_in_flight",
         "counters",
@@ -149,7 +149,6 @@ class Session:
         ]
         self._log = log
         self._disk_failed = False
-        self._tasks: set[asyncio.Task[Any]] = set()
         self.counters = ConnectionCounters()
         self.in_flight = 0
         self.bytes_in_flight = 0
@@ -293,20 +292,18 @@ class Session:
     def _wait(
         self, coroutine: Coroutine[Any, Any, Any], waits_for: object, request: _Waiting
     ) -> None:
-        """Go on with a request as a task."""
-        task = adopt(self._loop, coroutine, waits_for)
-        self._tasks.add(task)
+        """Go on with a request when what it waits for is done."""
         self.in_flight += 1
         self.bytes_in_flight += request.bytes_held
         self._budget.take(request.bytes_held)
-        task.add_done_callback(partial(self._finished, request))
+        go_on(self._loop, coroutine, waits_for, partial(self._finished, request))
 
-    def _finished(self, request: _Waiting, task: asyncio.Task[Any]) -> None:
+    def _finished(
+        self, request: _Waiting, result: Any, failure: BaseException | None
+    ) -> None:
         """Answer a request that had to wait."""
-        self._tasks.discard(task)
         self.in_flight -= 1
         self.bytes_in_flight -= request.bytes_held
-        failure = asyncio.CancelledError() if task.cancelled() else task.exception()
         buffer = request.buffer
         outbox = self._outbox
         cookie, offset = request.cookie, request.offset
@@ -316,13 +313,13 @@ class Session:
             )
         elif request.command == _READ and buffer is not None:
             self.counters.bytes_read += request.length
-            outbox.send_late(buffer, self._frame_late(request, buffer, task.result()))
+            outbox.send_late(buffer, self._frame_late(request, buffer, result))
             buffer = None  # the outbox has its pin now
         elif request.command == _WRITE:
             self.counters.bytes_written += request.length
             outbox.send_late_bytes(self._answers.done(cookie, offset))
         else:
-            outbox.send_late_bytes(self._success(cookie, offset, task.result()))
+            outbox.send_late_bytes(self._success(cookie, offset, result))
         if buffer is not None:
             buffer.unpin()
         self._budget.give_back(request.bytes_held)

@@ -1,9 +1,9 @@
 """Regular files and block devices: where the bytes of almost every image are.
 
 Reads go through `preadv2(RWF_NOWAIT)`: 0.5 us for 4 KiB that are cached, and an
-EAGAIN instead of a wait where they are not. Writes are buffered and run on the loop
-while they are quick (see `pace`). Everything else that may wait for a device runs
-in a thread.
+EAGAIN instead of a wait where they are not: then io_uring reads (see `uring`). Writes
+are buffered and run on the loop while they are quick (see `pace`). Everything else that
+may wait for a device runs in a thread.
 """
 
 import asyncio
@@ -19,7 +19,7 @@ from time import perf_counter
 from typing import Any, TypeVar, TypeVarTuple
 
 from nbdserve.errors import ConfigError
-from nbdserve.storage import locks
+from nbdserve.storage import locks, uring
 from nbdserve.storage.base import Buffer, Storage
 from nbdserve.storage.executor import Call, run
 from nbdserve.storage.names import shown
@@ -31,6 +31,12 @@ Arguments = TypeVarTuple("Arguments")
 #: Larger transfers go to a thread: copying 4 MiB takes about 1 ms, in which
 #: no other connection is served.
 INLINE_LIMIT = 4 << 20
+
+#: After so many misses in a row only one read in `PROBE_EACH` is tried on the loop first.
+#: A probe that misses already starts the transfer, one at a time; what io_uring takes
+#: starts together, and a virtual drive is told once instead of each time.
+MISSES_SEEN = 8
+PROBE_EACH = 8
 
 #: Larger punches go to a thread: freeing 64 KiB on ext4 takes 0.13 ms, 1 MiB 0.6 ms.
 INLINE_ZERO_LIMIT = 1 << 20
@@ -81,7 +87,7 @@ class FileStorage(Storage):
     """A regular file or block device.
 
     Reads, writes and closing may be called while others are under way. A descriptor
-    is not closed before the last thread has finished with it: its number might
+    is not closed before the last call has finished with it: its number might
     already be another file's.
 
     Attributes:
@@ -132,7 +138,10 @@ class FileStorage(Storage):
         self._read_pace = Pace()
         self._write_pace = Pace()
         self._zero_pace = Pace()
+        self._misses = 0  # of the page cache, since the last hit
         self._in_threads: set[Call[Any]] = set()
+        self._in_ring = 0
+        self._ring_left: asyncio.Future[None] | None = None  # when closing waits for it
         self._refused_modes: set[int] = set()
         self._can_map = True
 
@@ -143,17 +152,24 @@ class FileStorage(Storage):
 
     # ---------------------------------------------------------------- reading
 
-    def try_read(self, offset: int, view: memoryview) -> bool:
+    def try_read(  # noqa: PLR0911 -- the hot path
+        self, offset: int, view: memoryview
+    ) -> bool:
         """Fill `view` from the page cache, or say False."""
         wanted = len(view)
         if wanted > INLINE_LIMIT:
             return False
         if not self._can_nowait:
             return self._try_read_timed(offset, view)
+        if self._misses > MISSES_SEEN and self._skip_probe(wanted):
+            return False
         try:
             count = os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT)
         except BlockingIOError:
+            self._misses += 1
             return False
+        if self._misses:
+            self._misses = 0
         if count == wanted:
             return True
         # Either the end of the file, or the end of what is cached.
@@ -161,6 +177,13 @@ class FileStorage(Storage):
             return False
         view[count:] = bytes(wanted - count)
         return True
+
+    def _skip_probe(self, wanted: int) -> bool:
+        """Tell whether to leave a read that will miss the cache to io_uring at once."""
+        self._misses += 1
+        return bool(
+            self._misses % PROBE_EACH and wanted <= uring.LIMIT and uring.available()
+        )
 
     def _try_read_timed(self, offset: int, view: memoryview) -> bool:
         """Read where RWF_NOWAIT is unknown: tmpfs is always quick, FUSE is not."""
@@ -174,8 +197,21 @@ class FileStorage(Storage):
         return True
 
     async def read(self, offset: int, view: memoryview) -> None:
-        """Fill `view` in a thread."""
-        await self._in_thread(_pread_all, self._fd, offset, view)
+        """Fill `view`: short ones by io_uring where there is one, others in a thread."""
+        done = 0
+        if self._can_nowait and 0 < len(view) <= uring.LIMIT:
+            ring = uring.ring(asyncio.get_running_loop())
+            if ring is not None and not ring.busy:
+                call = ring.read(self._require_open(), offset, view)
+                self._in_ring += 1
+                try:
+                    done = max(0, await call)
+                finally:
+                    self._in_ring -= 1
+                    if self._ring_left is not None and not self._in_ring:
+                        self._ring_left.set_result(None)
+        if done < len(view):  # all of it, the end of the file, or an error to be raised
+            await self._in_thread(_pread_all, self._fd, offset + done, view[done:])
 
     # ---------------------------------------------------------------- writing
 
@@ -309,10 +345,13 @@ class FileStorage(Storage):
         )
 
     async def close(self) -> None:
-        """Wait for the threads, then close; calls from now on get EBADF."""
+        """Wait for what is in flight, then close; calls from now on get EBADF."""
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
+        if self._in_ring:
+            self._ring_left = asyncio.get_running_loop().create_future()
+            await self._ring_left
         if self._in_threads:
             await asyncio.wait(self._in_threads)
         os.close(fd)
@@ -320,12 +359,16 @@ class FileStorage(Storage):
     def _in_thread(
         self, function: Callable[[*Arguments], Result], *arguments: *Arguments
     ) -> Call[Result]:
-        if self._fd < 0:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
+        self._require_open()
         call = run(function, *arguments)
         self._in_threads.add(call)
         call.add_done_callback(self._in_threads.discard)
         return call
+
+    def _require_open(self) -> int:
+        if self._fd < 0:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
+        return self._fd
 
 
 def _open_descriptor(path: str | os.PathLike[str], flags: int) -> int:

@@ -5,20 +5,29 @@ from typing import Any, TypeVar
 
 import pytest
 
-from nbdserve.server.inline import adopt
+from nbdserve.server.inline import go_on
 
 T = TypeVar("T")
 
 
 def start(
     loop: asyncio.AbstractEventLoop, coroutine: Coroutine[Any, Any, T]
-) -> tuple[bool, T | asyncio.Task[T]]:
+) -> tuple[bool, T | asyncio.Future[T]]:
     """Do as the session does."""
     try:
         waits_for = coroutine.send(None)
-    except StopIteration as finished:
-        return True, finished.value
-    return False, adopt(loop, coroutine, waits_for)
+    except StopIteration as outcome:
+        return True, outcome.value
+    end = loop.create_future()
+
+    def finished(result: T, failure: BaseException | None) -> None:
+        if failure is None:
+            end.set_result(result)
+        else:
+            end.set_exception(failure)
+
+    go_on(loop, coroutine, waits_for, finished)
+    return False, end
 
 
 async def test_a_coroutine_that_need_not_wait_needs_no_task() -> None:
@@ -38,11 +47,11 @@ async def test_an_exception_of_the_first_step_comes_at_once() -> None:
         start(asyncio.get_running_loop(), fails())
 
 
-def suspended(coroutine: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
-    done, task = start(asyncio.get_running_loop(), coroutine)
+def suspended(coroutine: Coroutine[Any, Any, T]) -> asyncio.Future[T]:
+    done, end = start(asyncio.get_running_loop(), coroutine)
     assert not done
-    assert isinstance(task, asyncio.Task)
-    return task
+    assert isinstance(end, asyncio.Future)
+    return end
 
 
 async def test_two_inline_waiters_of_one_future() -> None:
@@ -59,15 +68,15 @@ async def test_two_inline_waiters_of_one_future() -> None:
     assert await asyncio.gather(*tasks, ordinary) == [11, 12, 13, 14]
 
 
-async def test_a_future_that_is_done_before_the_task_runs() -> None:
+async def test_a_future_that_is_done_at_once() -> None:
     future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
     async def wait() -> int:
         return await future
 
-    task = suspended(wait())
+    end = suspended(wait())
     future.set_result(5)
-    assert await task == 5
+    assert await end == 5
 
 
 async def test_the_exception_of_what_is_awaited_arrives() -> None:
@@ -80,31 +89,34 @@ async def test_the_exception_of_what_is_awaited_arrives() -> None:
             return error.strerror or ""
         return "nothing"
 
-    task = suspended(wait())
+    end = suspended(wait())
     await asyncio.sleep(0)
     future.set_exception(OSError(5, "told"))
-    assert await task == "told"
+    assert await end == "told"
 
 
-@pytest.mark.parametrize("steps", [0, 1, 2])
-async def test_cancelling_reaches_the_coroutine(steps: int) -> None:
-    event = asyncio.Event()
-    seen = []
+async def test_who_waits_for_something_cancelled_sees_that() -> None:
+    future: asyncio.Future[int] = asyncio.get_running_loop().create_future()
 
-    async def wait() -> None:
+    async def wait() -> str:
         try:
-            await event.wait()
+            await future
         except asyncio.CancelledError:
-            seen.append("cancelled")
-            raise
+            return "cancelled"
+        return "nothing"
 
-    task = suspended(wait())
-    for _ in range(steps):
+    end = suspended(wait())
+    future.cancel()
+    assert await end == "cancelled"
+
+
+async def test_an_exception_of_a_later_step_is_told() -> None:
+    async def fails() -> None:
         await asyncio.sleep(0)
-    task.cancel()
-    with pytest.raises(asyncio.CancelledError):
-        await task
-    assert seen == ["cancelled"]
+        raise OSError(5, "late")
+
+    with pytest.raises(OSError, match="late"):
+        await suspended(fails())
 
 
 async def test_a_bare_yield_and_sleep_zero() -> None:
@@ -131,6 +143,21 @@ async def test_something_strange_that_is_yielded_is_an_error() -> None:
 
     with pytest.raises(RuntimeError, match="strange"):
         await suspended(wait())
+
+
+async def test_who_survives_its_strange_yield_goes_on() -> None:
+    @types.coroutine
+    def strange() -> Generator[object]:
+        yield "strange"
+
+    async def wait() -> int:
+        try:
+            await strange()
+        except RuntimeError:
+            await asyncio.sleep(0)
+        return 4
+
+    assert await suspended(wait()) == 4
 
 
 async def test_locks_and_nested_tasks() -> None:
