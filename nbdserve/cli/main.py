@@ -30,6 +30,10 @@ COMMANDS = {
         "nbdserve.cli.image.snapshot",
         "list, create, apply or delete internal snapshots",
     ),
+    "image bitmap": (
+        "nbdserve.cli.image.bitmap",
+        "add, remove, clear, enable, disable or merge dirty bitmaps",
+    ),
     "image measure": ("nbdserve.cli.image.measure", "compute the size of a copy"),
     "image compare": ("nbdserve.cli.image.compare", "compare what two disks hold"),
     "image convert": ("nbdserve.cli.image.convert", "copy a disk to another format"),

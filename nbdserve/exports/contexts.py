@@ -9,8 +9,8 @@ from functools import partial
 from typing import Final
 
 from nbdserve.block.device import BlockDevice
+from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.extents import Extent
-from nbdserve.block.layers.dirty import DirtyBitmap
 from nbdserve.wire.constants import BASE_ALLOCATION, State
 
 #: Extents of one reply: describing so many takes about 10 ms, in which no other client is

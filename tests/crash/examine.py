@@ -12,6 +12,7 @@ from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.redo import Link, read_leftover
 from nbdserve.formats.qcow1.check import check_image as check_qcow1
 from nbdserve.formats.qcow2.check import check_image as check_qcow2
+from nbdserve.formats.qcow2.image import Qcow2Image
 from tests.crash.cuts import Cache
 from tests.crash.disk import (
     SECTOR,
@@ -247,6 +248,8 @@ class Examiner:
         if wrong is not None:
             value = bytes(found[wrong * SECTOR : (wrong + 1) * SECTOR])
             raise ViolationError(allowed.explain(wrong, value))
+        if self._image.flavour.bitmaps:
+            await self._check_bitmaps(device, found)
         await settle(device)
         if redo:
             # the replay has changed it
@@ -275,6 +278,28 @@ class Examiner:
         except (ImageError, OSError) as error:
             raise ViolationError(f"can't be read: {error}") from error
         return found
+
+    async def _check_bitmaps(self, device: MappedImage, found: bytearray) -> None:
+        """A bitmap that can be used knows all that is not as it was when it began."""
+        assert isinstance(device, Qcow2Image)
+        usable = {each.name for each in await device.bitmaps() if not each.problem}
+        if "still" not in usable:
+            raise ViolationError("the disabled bitmap is lost")
+        still = await device.dirty_bitmap("still")
+        if list(still.dirty()) != [(8192, SECTOR)]:
+            raise ViolationError(f"the disabled bitmap has {list(still.dirty())}")
+        if "live" not in usable:
+            self._tally.states["bitmaps in use"] += 1
+            return
+        live = await device.dirty_bitmap("live")
+        before = self._image.guest
+        for offset in range(0, len(found), SECTOR):
+            piece = slice(offset, offset + SECTOR)
+            [(_, dirty)] = live.runs(offset, SECTOR, max_runs=1)
+            if found[piece] != before[piece] and not dirty:
+                raise ViolationError(f"the bitmap misses sector {offset // SECTOR}")
+        if any(live.dirty()):
+            self._tally.states["bitmaps stored"] += 1
 
     def _check(self, content: bytearray) -> None:
         os.ftruncate(self._fd, len(content))
@@ -334,6 +359,8 @@ class Examiner:
         device = await self._open(Disk(disk.data), b"")
         if await self._read(device) != expected:
             raise ViolationError("after recovery it reads as something else")
+        if self._image.flavour.bitmaps:
+            await self._check_bitmaps(device, expected)
 
     async def _cut_again(self, run: Run, content: bytearray) -> None:
         """Cut the power while a recovered image is being written."""

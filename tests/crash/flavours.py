@@ -37,6 +37,7 @@ class Flavour:
         compressed_backing: Whether the backing file is a compressed qcow2 image.
         pool: Clusters that are reserved at a time.
         padding: Bytes of the file, if it is to be longer than it has to.
+        bitmaps: Whether it has persistent bitmaps: `live` records, `still` does not.
     """
 
     format: str = "qcow2"
@@ -49,6 +50,7 @@ class Flavour:
     compressed_backing: bool = False
     pool: int = 8
     padding: int = 0
+    bitmaps: bool = False
 
 
 _4K: Final = "cluster_size=4k"
@@ -90,6 +92,9 @@ FLAVOURS: Final = {
         snapshot=True,
         size=70 * KIB,
     ),
+    "v3-bitmaps": Flavour(options=_4K, filled=True, bitmaps=True),
+    "v3-512-bitmaps": Flavour(options=_512, size=80 * KIB, bitmaps=True),
+    "v3-backed-bitmaps": Flavour(options=_4K, backing=70 * KIB + 512, bitmaps=True),
 }
 
 
@@ -203,6 +208,13 @@ def make(name: str, folder: Path) -> Image:
         guest = bytes(flavour.size)
     if flavour.snapshot:
         run("qemu-img", "snapshot", "-c", "before", path)
+    if flavour.bitmaps:
+        run("qemu-img", "bitmap", "--add", "-g", "512", path, "still")
+        # it has something to lose
+        run("qemu-io", "-c", "write -z 8k 512", path)
+        guest = guest[: 8 * KIB] + bytes(512) + guest[8 * KIB + 512 :]
+        run("qemu-img", "bitmap", "--disable", path, "still")
+        run("qemu-img", "bitmap", "--add", "-g", "512", path, "live")
     if flavour.padding:
         os.truncate(path, flavour.padding)
     driver = Qcow1Driver() if flavour.format == "qcow" else Qcow2Driver()

@@ -7,10 +7,13 @@ from typing import Any, Final
 
 import pytest
 
+from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.mapped.tables import Table, Tables, encode_words
+from nbdserve.formats.qcow2.bitmap_changes import BitmapChanges
+from nbdserve.formats.qcow2.bitmaps import Bitmaps
 from nbdserve.formats.qcow2.refcount_block import Block
 from nbdserve.formats.qcow2.refcounts import RefcountedPool
 
@@ -348,6 +351,39 @@ def no_barrier_at_opening(patch: Patch) -> None:
     patch.setattr(Committer, "barrier", new_barrier)
 
 
+def bitmaps_not_flagged(patch: Patch) -> None:
+    """Bitmaps record without being in use in the file."""
+    patch.setattr(Bitmaps, "write_flags", _nothing)
+
+
+def bitmap_flags_not_durable(patch: Patch) -> None:
+    """Changes begin before the file durably says that bitmaps miss them."""
+    announce = Bitmaps.announce
+
+    async def new_announce(self: Bitmaps, barrier: object) -> None:
+        await announce(self, _nothing)
+
+    patch.setattr(Bitmaps, "announce", new_announce)
+
+
+def bitmaps_not_durable(patch: Patch) -> None:
+    """The header names a directory before what it leads to is durable."""
+    switch = BitmapChanges._switch
+
+    async def new_switch(self: BitmapChanges, *arguments: Any) -> Any:
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(Committer, "barrier", _nothing)
+            return await switch(self, *arguments)
+
+    patch.setattr(BitmapChanges, "_switch", new_switch)
+
+
+def bitmaps_without_marks(patch: Patch) -> None:
+    """Bitmaps are stored without what they have recorded."""
+    patch.setattr(DirtyBitmap, "mark", lambda *_: None)
+
+
+_BITMAPS: Final = ("v3-bitmaps", "v3-512-bitmaps")
 _COPYING: Final = ("v3-backed", "v3-snapshot", "v3-compressed")
 PLANTED: Final = {
     each.plant.__name__: each
@@ -374,5 +410,9 @@ PLANTED: Final = {
         Planted(reserved_length_not_durable, ("v3", "v2", "v1")),
         Planted(reserved_references_not_durable, ("v3", "v2")),
         Planted(reused_without_zeroing, ("v3-filled", "v1")),
+        Planted(bitmaps_not_flagged, _BITMAPS),
+        Planted(bitmap_flags_not_durable, _BITMAPS),
+        Planted(bitmaps_not_durable, _BITMAPS),
+        Planted(bitmaps_without_marks, _BITMAPS),
     )
 }

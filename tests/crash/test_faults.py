@@ -45,6 +45,7 @@ FAULTS = {
         "v3-snapshot",
         "v2-compressed",
         "v3-backed",
+        "v3-bitmaps",
     ],
 )
 def test_each_call_fails(name: str, fault: str, image_of: MakeImage) -> None:

@@ -36,11 +36,15 @@ Work = Callable[[Qcow2Image], Awaitable[None]]
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What an image shows: its bytes, those of each snapshot by name, its backing name."""
+    """What an image shows: its bytes, those of each snapshot by name, its backing name.
+
+    And what each of its bitmaps has recorded, None if it can't be used.
+    """
 
     disk: bytes
     snapshots: tuple[tuple[bytes, bytes], ...]
     backing_name: bytes | None
+    bitmaps: tuple[tuple[str, tuple[tuple[int, int], ...] | None], ...] = ()
 
 
 async def opened(
@@ -70,7 +74,13 @@ async def look(content: bytes | bytearray, base: bytes | None) -> Seen:
     for each in await image.snapshots():
         view = await image.at_snapshot(each.name.decode())
         snapshots.append((each.name, await view.read(0, view.size)))
-    return Seen(shown, tuple(snapshots), image.header.backing_name)
+    bitmaps = []
+    for bitmap in await image.bitmaps():
+        dirty = None
+        if bitmap.problem is None:
+            dirty = tuple((await image.dirty_bitmap(bitmap.name)).dirty())
+        bitmaps.append((bitmap.name, dirty))
+    return Seen(shown, tuple(snapshots), image.header.backing_name, tuple(bitmaps))
 
 
 @contextmanager
@@ -120,6 +130,7 @@ class Cutter:
     base: bytes | None
     copied_may_lack: bool
     broken: bool = False
+    bitmaps: bool = False
     states: int = 0
 
     async def run(self, work: Work, seed: int) -> bytes:
@@ -174,7 +185,7 @@ class Cutter:
         self, content: bytearray, allowed: set[Seen], story: str, *, recover: bool
     ) -> None:
         seen = await look(content, self.base)
-        assert seen in allowed, story
+        assert seen in allowed or self._but_bitmaps(seen, allowed), story
         fd = os.memfd_create("state")
         try:
             os.pwrite(fd, content, 0)
@@ -198,6 +209,20 @@ class Cutter:
         finally:
             os.close(fd)
 
+    def _but_bitmaps(self, seen: Seen, allowed: set[Seen]) -> bool:
+        """Return whether all is as before or as wanted, but for bitmaps in use."""
+        if not self.bitmaps or replace(seen, bitmaps=()) not in {
+            replace(each, bitmaps=()) for each in allowed
+        }:
+            return False
+        names = [name for name, _ in seen.bitmaps]
+        if names not in [[name for name, _ in each.bitmaps] for each in allowed]:
+            return False
+        known = {bitmap for each in allowed for bitmap in each.bitmaps}
+        return all(
+            dirty is None or (name, dirty) in known for name, dirty in seen.bitmaps
+        )
+
     async def _recover(self, content: bytearray, seen: Seen, story: str) -> None:
         """Write and close: the bytes are right, and the snapshots as they were."""
         image, disk = await opened(content, self.base, read_only=False, record=False)
@@ -206,6 +231,12 @@ class Cutter:
         await image.write(offset, data)
         await image.close()
         after = await look(disk.data, self.base)
+        if self.bitmaps:
+            # what could be used can still be, and knows of more
+            assert [name for name, _ in after.bitmaps] == [
+                name for name, _ in seen.bitmaps
+            ], story
+            after = replace(after, bitmaps=seen.bitmaps)
         expected = seen.disk[:offset] + data + seen.disk[offset + len(data) :]
         assert after == replace(seen, disk=expected), story
 
@@ -281,6 +312,88 @@ async def test_power_cuts_over_a_backing_file(tmp_path: Path, name: str) -> None
     cutter = Cutter(start, base, copied_may_lack=False)
     await cutter.run(WORK[name], seed=2)
     assert cutter.states > 3
+
+
+async def add_bitmap(image: Qcow2Image) -> None:
+    await image.add_bitmap("new", granularity=512)
+
+
+async def remove_bitmap(image: Qcow2Image) -> None:
+    await image.remove_bitmap("live")
+
+
+async def remove_another(image: Qcow2Image) -> None:
+    await image.remove_bitmap("still")
+
+
+async def clear_bitmap(image: Qcow2Image) -> None:
+    await image.clear_bitmap("still")
+
+
+async def merge_bitmap(image: Qcow2Image) -> None:
+    await image.merge_bitmap("still", await image.dirty_bitmap("live"))
+
+
+async def disable_bitmap(image: Qcow2Image) -> None:
+    await image.enable_bitmap("live", enabled=False)
+
+
+async def nothing(image: Qcow2Image) -> None:
+    """What opening, writing and closing do is enough."""
+
+
+BITMAP_WORK = {
+    "add": add_bitmap,
+    "remove": remove_bitmap,
+    "clear": clear_bitmap,
+    "merge": merge_bitmap,
+    "disable": disable_bitmap,
+    "nothing": nothing,
+    "grow": grow_far,
+    "shrink": shrink,
+}
+
+
+def with_bitmaps(path: Path) -> bytes:
+    """Give an image a bitmap that records and one that does not, of other granularity."""
+    run("qemu-img", "bitmap", "--add", "-g", "512", path, "still")
+    run("qemu-io", "-c", "write -P 9 3k 1k", "-c", "write -P 8 30k 512", path)
+    run("qemu-img", "bitmap", "--disable", path, "still")
+    run("qemu-img", "bitmap", "--add", "-g", "2k", path, "live")
+    run("qemu-io", "-c", "write -P 7 20k 5k", path)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", list(BITMAP_WORK))
+async def test_power_cuts_with_bitmaps(tmp_path: Path, name: str) -> None:
+    options = "cluster_size=512" if name in {"grow", "nothing"} else "cluster_size=16k"
+    made(tmp_path, options)
+    start = with_bitmaps(tmp_path / "image")
+    cutter = Cutter(start, None, copied_may_lack=False, bitmaps=True)
+    content = await cutter.run(BITMAP_WORK[name], seed=5)
+    assert cutter.states > 3
+    seen = await look(content, None)
+    # the first granule was written before the work began
+    for bitmap, dirty in seen.bitmaps:
+        assert dirty is not None
+        if bitmap == "live":
+            assert dirty[0] == (0, 2 * KIB)
+
+
+@pytest.mark.parametrize("options", ["cluster_size=16k", "cluster_size=512"])
+async def test_power_cuts_with_the_first_and_the_last_bitmap(
+    tmp_path: Path, options: str
+) -> None:
+    """The header gets an extension, which may lie behind its first sector, and loses it."""
+    start = made(tmp_path, options)
+    cutter = Cutter(start, None, copied_may_lack=False, bitmaps=True)
+    await cutter.run(add_bitmap, seed=6)
+    assert cutter.states > 3
+    start = with_bitmaps(tmp_path / "image")
+    for seed, work in enumerate((remove_bitmap, remove_another)):
+        cutter = Cutter(start, None, copied_may_lack=False, bitmaps=True)
+        start = await cutter.run(work, seed)
+    assert not (await look(start, None)).bitmaps
 
 
 async def test_one_after_the_other(tmp_path: Path) -> None:

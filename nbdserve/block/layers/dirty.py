@@ -5,93 +5,12 @@ does without it. A range is marked before the change starts, so that a bitmap ne
 misses one: it may name a range whose change has failed.
 """
 
-from bisect import bisect_right
-from collections.abc import Coroutine, Iterable, Iterator, Sequence
-from typing import Any, Final
+from collections.abc import Coroutine, Iterable, Sequence
+from typing import Any
 
 from nbdserve.block.device import BlockDevice, Hole
+from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.extents import Extent
-
-#: Bytes of the disk that one mark stands for: qemu's default for new bitmaps.
-GRANULE: Final = 64 << 10
-#: Marks of one page, which exists from the first change on: 256 MiB of the disk.
-_PAGE: Final = 4096
-
-
-class DirtyBitmap:
-    """What was changed, in units of `GRANULE`.
-
-    Attributes:
-        name: For people and clients.
-        size: Bytes of the disk.
-    """
-
-    def __init__(self, name: str, size: int) -> None:
-        self.name = name
-        self.size = size
-        self._pages: dict[int, bytearray] = {}  # a byte for each granule
-
-    def mark(self, offset: int, length: int) -> None:
-        """Note that a range (bytes) is being changed."""
-        if not length:
-            return
-        first = offset // GRANULE
-        end = -(-(offset + length) // GRANULE)
-        while first < end:
-            number, start = divmod(first, _PAGE)
-            count = min(_PAGE - start, end - first)
-            page = self._pages.get(number)
-            if page is None:
-                page = self._pages[number] = bytearray(_PAGE)
-            page[start : start + count] = b"\1" * count
-            first += count
-
-    def runs(
-        self, offset: int, length: int, *, max_runs: int
-    ) -> list[tuple[int, bool]]:
-        """Describe a range.
-
-        Args:
-            offset: Bytes.
-            length: Bytes, at least 1.
-            max_runs: Stop early after so many.
-
-        Returns:
-            Lengths in bytes and whether they are dirty, neighbours differ.
-        """
-        result: list[tuple[int, bool]] = []
-        for end, dirty in self._boundaries(offset, offset + length):
-            if result and result[-1][1] == dirty:
-                result[-1] = (result[-1][0] + end - offset, dirty)
-            elif len(result) == max_runs:
-                break
-            else:
-                result.append((end - offset, dirty))
-            offset = end
-        return result
-
-    def _boundaries(self, offset: int, end: int) -> Iterator[tuple[int, bool]]:
-        """Go through a range in pieces that are alike: where each ends, and its state."""
-        page_bytes = _PAGE * GRANULE
-        numbers = sorted(self._pages)
-        while offset < end:
-            number, within = divmod(offset, page_bytes)
-            page_end = min((number + 1) * page_bytes, end)
-            page = self._pages.get(number)
-            if page is None:
-                # to the next page that exists, however far that is
-                later = bisect_right(numbers, number)
-                known = numbers[later : later + 1]
-                offset = min(known[0] * page_bytes, end) if known else end
-                yield offset, False
-                continue
-            granule = within // GRANULE
-            while offset < page_end:
-                dirty = bool(page[granule])
-                found = page.find(0 if dirty else 1, granule)
-                granule = _PAGE if found < 0 else found
-                offset = min(number * page_bytes + granule * GRANULE, page_end)
-                yield offset, dirty
 
 
 class DirtyTracking(BlockDevice):

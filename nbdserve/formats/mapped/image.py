@@ -3,7 +3,7 @@
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from errno import ENOTSUP, EPERM
-from typing import Any
+from typing import Any, Protocol
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
@@ -19,6 +19,27 @@ from nbdserve.formats.mapped.redo import Link, RedoLog
 from nbdserve.formats.mapped.status import block_status
 from nbdserve.formats.mapped.write import Writer
 from nbdserve.storage.base import Buffer
+
+
+class Writes(Protocol):
+    """Carries out a guest's writes."""
+
+    def write(
+        self, offset: int, data: Buffer, *, fua: bool = False
+    ) -> Coroutine[Any, Any, None]:
+        """See `Writer.write`."""
+
+
+class Discards(Protocol):
+    """Carries out a guest's zeroes and discards."""
+
+    def write_zeroes(
+        self, offset: int, length: int, *, may_unmap: bool, fua: bool
+    ) -> Coroutine[Any, Any, None]:
+        """See `Discarder.write_zeroes`."""
+
+    def trim(self, offset: int, length: int, *, fua: bool) -> Coroutine[Any, Any, None]:
+        """See `Discarder.trim`."""
 
 
 class MappedImage(BlockDevice):
@@ -50,6 +71,9 @@ class MappedImage(BlockDevice):
             self._discarder = Discarder(
                 parts, self._mapping, self._allocator, self._writer, commit
             )
+            # what carries out a guest's changes; a format may put something in front
+            self._writes: Writes = self._writer
+            self._discards: Discards = self._discarder
 
     # Handing the coroutine on instead of awaiting it saves a frame on the hot path.
 
@@ -68,7 +92,7 @@ class MappedImage(BlockDevice):
         self._require_space()
         if offset < 0 or offset + len(data) > self.size:
             self.require_range(offset, len(data))
-        return self._writer.write(offset, data, fua=fua)
+        return self._writes.write(offset, data, fua=fua)
 
     async def write_zeroes(
         self,
@@ -84,13 +108,13 @@ class MappedImage(BlockDevice):
         self.require_range(offset, length)
         if fast_only and not (self.can_fast_zero and may_unmap):
             raise RequestError(ENOTSUP, "zeroing this would be as slow as a write")
-        await self._discarder.write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
+        await self._discards.write_zeroes(offset, length, may_unmap=may_unmap, fua=fua)
 
     async def trim(self, offset: int, length: int, *, fua: bool = False) -> None:
         """See `BlockDevice.trim`."""
         self._require_space()
         self.require_range(offset, length)
-        await self._discarder.trim(offset, length, fua=fua)
+        await self._discards.trim(offset, length, fua=fua)
 
     async def flush(self) -> None:
         """See `BlockDevice.flush`."""
@@ -177,6 +201,11 @@ class MappedImage(BlockDevice):
                 yield space
             finally:
                 tables.forget_owners()
+
+    @property
+    def backing(self) -> BlockDevice | None:
+        """The disk below, if there is one."""
+        return self._parts.backing
 
     @property
     def longest_pause_s(self) -> float:

@@ -1,10 +1,10 @@
 """The bitmap directory of a qcow2 image: bytes in, values out.
 
-docs/interop/qcow2.rst of qemu, section "Bitmaps". So far only what a check
-needs: where the bitmaps' tables lie.
+docs/interop/qcow2.rst of qemu, section "Bitmaps".
 """
 
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from nbdserve.errors import ImageCorruptError
@@ -17,11 +17,17 @@ TYPE_DIRTY_TRACKING = 1
 FLAG_IN_USE = 1 << 0
 FLAG_AUTO = 1 << 1
 FLAG_EXTRA_COMPATIBLE = 1 << 2
+_RESERVED_FLAGS = ~(FLAG_IN_USE | FLAG_AUTO | FLAG_EXTRA_COMPATIBLE)
+#: Bytes of one bitmap's data: the limit that qemu enforces (block/qcow2-bitmap.c).
+MAX_DATA_BYTES = 512 << 20
 
 BITMAP_TABLE_OFFSET_MASK = 0x00FF_FFFF_FFFF_FE00
 BITMAP_TABLE_RESERVED_MASK = 0xFF00_0000_0000_01FE
+#: An entry without an offset: its bits are all ones.
+BITMAP_TABLE_ALL_ONES = 1
 
 _ENTRY = struct.Struct(">QIIBBHI")
+_FLAGS_AT = 12
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,6 +47,46 @@ class Bitmap:
     flags: int
     granularity_bits: int
     name: bytes
+
+    @property
+    def length(self) -> int:
+        """Bytes of the entry in the directory."""
+        return _ENTRY.size + len(self.name) + 7 & ~7
+
+
+def table_entries_for(size: int, granularity_bits: int, cluster_bits: int) -> int:
+    """Return how many table entries a bitmap of a disk of `size` bytes has."""
+    granules = -(-size >> granularity_bits)
+    return -(-granules >> cluster_bits + 3)
+
+
+def encode_bitmap_directory(bitmaps: Sequence[Bitmap]) -> bytes:
+    """Return the directory of these bitmaps."""
+    return b"".join(
+        (
+            _ENTRY.pack(
+                bitmap.table_offset,
+                bitmap.table_entries,
+                bitmap.flags,
+                TYPE_DIRTY_TRACKING,
+                bitmap.granularity_bits,
+                len(bitmap.name),
+                0,
+            )
+            + bitmap.name
+        ).ljust(bitmap.length, b"\0")
+        for bitmap in bitmaps
+    )
+
+
+def flags_offsets(bitmaps: Sequence[Bitmap]) -> list[int]:
+    """Return where in the directory the flags of each bitmap are, 4 bytes within a sector."""
+    offsets: list[int] = []
+    start = 0
+    for bitmap in bitmaps:
+        offsets.append(start + _FLAGS_AT)
+        start += bitmap.length
+    return offsets
 
 
 def parse_bitmap_directory(data: bytes, nb_bitmaps: int) -> list[Bitmap]:
@@ -92,6 +138,8 @@ def _parse_entry(data: bytes, start: int) -> tuple[Bitmap, int]:
         problem = f"granularity_bits is {granularity_bits}"
     elif not 1 <= name_size <= MAX_NAME:
         problem = f"its name has {name_size} bytes"
+    elif flags & _RESERVED_FLAGS:
+        problem = f"flags are {flags:#x}: reserved bits are set"
     elif extra:
         problem = f"it has {extra} bytes of extra data"
     elif end > len(data):

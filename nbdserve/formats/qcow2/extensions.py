@@ -184,3 +184,42 @@ def parse_bitmaps_extension(data: bytes, cluster_bits: int) -> BitmapsExtension:
             f"bitmap_directory_offset {directory_offset:#x} is not aligned to a cluster"
         )
     return BitmapsExtension(nb_bitmaps, directory_size, directory_offset)
+
+
+def encode_bitmaps_extension(extension: BitmapsExtension) -> bytes:
+    """Return the data of the bitmaps extension."""
+    return _BITMAPS.pack(
+        extension.nb_bitmaps, 0, extension.directory_size, extension.directory_offset
+    )
+
+
+def with_bitmaps(
+    extensions: Extensions, bitmaps: BitmapsExtension | None
+) -> Extensions:
+    """Return extensions with another bitmaps extension, or without one."""
+    others = [each for each in extensions if each[0] != EXTENSION_BITMAPS]
+    magics = [magic for magic, _ in extensions]
+    if bitmaps is not None:
+        place = (
+            magics.index(EXTENSION_BITMAPS)
+            if EXTENSION_BITMAPS in magics
+            else len(others)
+        )
+        others.insert(place, (EXTENSION_BITMAPS, encode_bitmaps_extension(bitmaps)))
+    return tuple(others)
+
+
+def extension_offset(extensions: Extensions, magic: int, start: int) -> int | None:
+    """Return where the data of an extension lie in the file, if there is one.
+
+    Args:
+        extensions: All of them.
+        magic: Of the one that is looked for.
+        start: Where the header proper ends.
+    """
+    for known, data in extensions:
+        start += _EXTENSION.size
+        if known == magic:
+            return start
+        start += len(data) + 7 & ~7
+    return None

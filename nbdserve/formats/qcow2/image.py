@@ -1,16 +1,22 @@
 """An open qcow2 image, with what this format has beyond reading and writing."""
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
+from nbdserve.block.dirty_bitmap import DirtyBitmap
+from nbdserve.errors import ImageError
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.inflate import Decompress
 from nbdserve.formats.mapped.opening import load_l1
 from nbdserve.formats.mapped.parts import Parts, Space
+from nbdserve.formats.mapped.redo import Link
 from nbdserve.formats.mapped.tables import Tables
+from nbdserve.formats.qcow2.bitmap_changes import BitmapChanges
+from nbdserve.formats.qcow2.bitmaps import BitmapInfo, Bitmaps
 from nbdserve.formats.qcow2.header import SIZE_OFFSET, Header, encode_u64
+from nbdserve.formats.qcow2.recorder import Recorder
 from nbdserve.formats.qcow2.resize import judge_size
 from nbdserve.formats.qcow2.snapshot_table import Snapshot
 from nbdserve.formats.qcow2.snapshots import (
@@ -34,6 +40,7 @@ class Qcow2Image(MappedImage):
         header: Header,
         *,
         table_cache: int,
+        bitmaps: Bitmaps | None = None,
     ) -> None:
         """See `MappedImage`; `table_cache` is the bytes that its tables may take."""
         super().__init__(parts, decompress, space)
@@ -42,6 +49,10 @@ class Qcow2Image(MappedImage):
         self._structure = Structure(parts, space, header) if space is not None else None
         self._table_cache = table_cache
         self._decompress = decompress
+        # the disk of a snapshot has none: they are about the active one
+        self._bitmaps = bitmaps or Bitmaps(parts.storage, header)
+        self.notes += self._bitmaps.notes
+        self._record()
 
     @property
     def header(self) -> Header:
@@ -58,6 +69,116 @@ class Qcow2Image(MappedImage):
         found, _ = await read_snapshots(self._parts.storage, self.header)
         return found
 
+    # -- persistent bitmaps
+
+    async def bitmaps(self) -> list[BitmapInfo]:
+        """Return the persistent bitmaps, in the order of the file.
+
+        Raises:
+            ImageCorruptError: Their directory is broken.
+        """
+        self._bitmaps.require_directory()
+        return [each.info for each in self._bitmaps.found]
+
+    async def dirty_bitmap(self, name: str) -> DirtyBitmap:
+        """Return what a persistent bitmap has recorded, kept up to date while it is open.
+
+        Raises:
+            ConfigError: There is no such bitmap.
+            ImageError: It can't be used: it misses what was written before a crash.
+        """
+        return await self._bitmaps.fill(self._bitmaps.find(name))
+
+    async def add_bitmap(
+        self, name: str, *, granularity: int | None = None, enabled: bool = True
+    ) -> None:
+        """Add a persistent bitmap, which records what changes from now on.
+
+        What is being written meanwhile may be missed: let it end before. The same holds
+        for `clear_bitmap` and `enable_bitmap`.
+
+        Args:
+            name: Unique in the image.
+            granularity: Bytes that one bit stands for, a power of two; None is the
+                cluster size, within 4 KiB and 64 KiB.
+            enabled: Whether it records.
+
+        Raises:
+            ConfigError: The name or the granularity can't be used.
+            ImageError: The image can't have it.
+            OSError: It can't be written.
+        """
+        async with self._changing_bitmaps() as changes:
+            await changes.add(name, granularity, enabled=enabled)
+
+    async def remove_bitmap(self, name: str) -> None:
+        """Remove a persistent bitmap, one that can't be used as well."""
+        async with self._changing_bitmaps() as changes:
+            await changes.remove(name)
+
+    async def clear_bitmap(self, name: str) -> None:
+        """Let a persistent bitmap record anew, from nothing."""
+        async with self._changing_bitmaps() as changes:
+            await changes.clear(name)
+
+    async def enable_bitmap(self, name: str, *, enabled: bool = True) -> None:
+        """Let a persistent bitmap record changes from now on, or keep it as it is."""
+        async with self._changing_bitmaps() as changes:
+            await changes.enable(name, enabled=enabled)
+
+    async def merge_bitmap(self, name: str, *sources: DirtyBitmap) -> None:
+        """Add to a persistent bitmap what others have recorded of a disk of this size.
+
+        `dirty_bitmap` of this image, or of another one, returns such sources.
+        """
+        async with self._changing_bitmaps() as changes:
+            await changes.merge(name, sources)
+
+    @asynccontextmanager
+    async def _changing_bitmaps(self) -> AsyncIterator[BitmapChanges]:
+        async with self.structure() as structure:
+            yield BitmapChanges(structure, self._bitmaps)
+            self._record()
+
+    @contextmanager
+    def unrecorded(self) -> Iterator[None]:
+        """Let bitmaps not note what is changed, because the disk reads as before."""
+        self._writes, self._discards = self._writer, self._discarder
+        try:
+            yield
+        finally:
+            self._record()
+
+    def _record(self) -> None:
+        """Put a recorder in front of what changes the disk, if there is a bitmap to keep."""
+        if self._space is not None and self._bitmaps.found:
+            recorder = Recorder(self._bitmaps, self._writer, self._discarder)
+            self._writes, self._discards = recorder, recorder
+
+    async def replay(self, links: list[Link], unnamed: set[int] | None = None) -> int:
+        """See `MappedImage.replay`; bitmaps note it as they would have then."""
+        bits = self._parts.geometry.cluster_bits
+        for link in links:
+            for bitmap in self._bitmaps.recorded:
+                bitmap.mark(link.guest_cluster << bits, 1 << bits)
+        return await super().replay(links, unnamed)
+
+    async def _close_space(self, space: Space) -> None:
+        """See `MappedImage`; first what bitmaps have recorded goes to the file."""
+        commit = space.commit
+        try:
+            if (
+                self._bitmaps.unstored
+                and commit.failed is None
+                and commit.refusal is None
+            ):
+                async with self._changing_bitmaps() as changes:
+                    await changes.store(self._bitmaps.found)
+        finally:
+            await super()._close_space(space)
+
+    # -- snapshots
+
     async def create_snapshot(self, name: str) -> None:
         """Keep the disk as it is now under a name; see `Snapshots.create`."""
         async with self.structure() as structure:
@@ -69,7 +190,16 @@ class Qcow2Image(MappedImage):
             await Snapshots(structure).delete(name)
 
     async def apply_snapshot(self, name: str) -> None:
-        """Go back to the snapshot with that name or id; see `Snapshots.apply`."""
+        """Go back to the snapshot with that name or id; see `Snapshots.apply`.
+
+        Raises:
+            ImageError: Persistent bitmaps would know nothing of it.
+        """
+        if self._bitmaps.found:
+            raise ImageError(
+                f"{self._parts.storage.name}: has persistent bitmaps, which could not say"
+                " what a snapshot changes: remove them first"
+            )
         async with self.structure() as structure:
             try:
                 await Snapshots(structure).apply(name)
@@ -122,6 +252,7 @@ class Qcow2Image(MappedImage):
             self._require_space()
             name, old = self._parts.storage.name, self.size
             size = judge_size(name, self.header, size, shrink=shrink)
+            self._bitmaps.require_resizable(size)
             if size < old:
                 await self._shrink(size)
             elif size > old:
@@ -129,10 +260,9 @@ class Qcow2Image(MappedImage):
 
     async def _shrink(self, size: int) -> None:
         async with self.structure() as structure:
-            await structure.write_header(SIZE_OFFSET, encode_u64(size))
-            structure.set_size(size)
-            self.size = size
+            await self._set_size(structure, size)
             await structure.drop_beyond(size, self._allocator.table_for_change)
+            await self._store_resized(structure)
         await self._discarder.zero_piece(size, self._parts.geometry.align_up(size))
         await self.flush()
 
@@ -156,9 +286,25 @@ class Qcow2Image(MappedImage):
             if zero_word is not None:
                 await structure.zero_entries(start, shown, zero_word, table_for_change)
                 await structure.commit.barrier()
-            await structure.write_header(SIZE_OFFSET, encode_u64(size))
-            structure.set_size(size)
-            self.size = size
+            await self._set_size(structure, size)
+            await self._store_resized(structure)
+
+    async def _set_size(self, structure: Structure, size: int) -> None:
+        """Let the header and all in memory say another size.
+
+        All bitmaps count as in use until tables of the new size are stored.
+        """
+        if self._bitmaps.found:
+            await self._bitmaps.flag(self._bitmaps.found)
+            await structure.commit.barrier()
+        await structure.write_header(SIZE_OFFSET, encode_u64(size))
+        structure.set_size(size)
+        self.size = size
+        self._bitmaps.resize(size)
+
+    async def _store_resized(self, structure: Structure) -> None:
+        if self._bitmaps.found:
+            await BitmapChanges(structure, self._bitmaps).store(self._bitmaps.found)
 
     @asynccontextmanager
     async def structure(self) -> AsyncIterator[Structure]:

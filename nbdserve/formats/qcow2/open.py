@@ -23,9 +23,11 @@ from nbdserve.formats.mapped.opening import (
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.tables import Table, Tables
 from nbdserve.formats.mapped.waits import Pins
+from nbdserve.formats.qcow2.bitmaps import Bitmaps
 from nbdserve.formats.qcow2.check import check_image, unnamed_clusters
 from nbdserve.formats.qcow2.entries import OFFSET_MASK, Qcow2Entries
 from nbdserve.formats.qcow2.header import (
+    AUTOCLEAR_BITMAPS,
     AUTOCLEAR_OFFSET,
     COMPRESSION_ZSTD,
     FIXED_LENGTH,
@@ -133,7 +135,9 @@ class Qcow2Driver:
         l1 = await load_l1(storage, geometry)
         pins = Pins()
         space = None
-        if not read_only:
+        if read_only:
+            bitmaps = await Bitmaps.load(storage, header, None)
+        else:
             commit = Committer(
                 storage,
                 pins,
@@ -143,13 +147,15 @@ class Qcow2Driver:
             # What a killed server left in the page cache is read from now on, so it has
             # to be as durable as the rest before anything is built on it, or flushed.
             await commit.barrier()
-            space = await _open_space(storage, header, geometry, l1, commit)
+            space, bitmaps = await _open_space(storage, header, geometry, l1, commit)
         codec = Qcow2Entries(header.version, header.cluster_bits)
         limit = self.options.table_cache
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
         parts = Parts(storage, storage, geometry, codec, tables, pins, backing)
         decompress = unzstd if header.compression_type == COMPRESSION_ZSTD else inflate
-        return Qcow2Image(parts, decompress, space, header, table_cache=limit)
+        return Qcow2Image(
+            parts, decompress, space, header, table_cache=limit, bitmaps=bitmaps
+        )
 
     async def _repair(self, storage: Storage) -> Header:
         """Bring refcounts in order that another writer had put off (the dirty bit)."""
@@ -195,7 +201,7 @@ async def _open_space(
     geometry: Geometry,
     l1: Table,
     commit: Committer,
-) -> Space:
+) -> tuple[Space, Bitmaps]:
     located = await _locate(storage, header)
     located.tables = table_clusters(l1, OFFSET_MASK, geometry)
     table = await load_refcount_table(storage, header)
@@ -206,8 +212,9 @@ async def _open_space(
         storage, header, table, commit, located.metadata, located.tables
     )
     await pool.find_end()
-    guard = _Guard(storage, header, pool, commit)
-    return Space(pool, commit, guard.owned, guard.prepare)
+    bitmaps = await Bitmaps.load(storage, header, pool)
+    guard = _Guard(storage, header, pool, commit, bitmaps)
+    return Space(pool, commit, guard.owned, guard.prepare), bitmaps
 
 
 async def _locate(storage: Storage, header: Header) -> Located:
@@ -260,28 +267,34 @@ class _Guard:
         header: Header,
         pool: RefcountedPool,
         commit: Committer,
+        bitmaps: Bitmaps,
     ) -> None:
         self._storage = storage
         self._header = header
         self._pool = pool
         self._commit = commit
-        self._prepared = not header.autoclear_features
+        self._bitmaps = bitmaps
+        kept = AUTOCLEAR_BITMAPS if bitmaps.kept else 0
+        self._autoclear = header.autoclear_features & kept
+        self._prepared = self._autoclear == header.autoclear_features
         self._lock = asyncio.Lock()
 
     async def prepare(self) -> None:
-        """Clear the autoclear bits: none of what they vouch for is kept up to date.
+        """Clear the autoclear bits of what is not kept up to date, and flag what is.
 
         Durable before the first change, as docs/interop/qcow2.rst wants.
         """
-        if not self._prepared:
+        if not self._prepared or self._bitmaps.silent:
             async with self._lock:
-                await self._clear_autoclear()
+                await self._announce()
 
-    async def _clear_autoclear(self) -> None:
+    async def _announce(self) -> None:
+        if self._prepared and not self._bitmaps.silent:
+            return
         if not self._prepared:
-            await self._storage.write(AUTOCLEAR_OFFSET, encode_u64(0))
-            await self._commit.barrier()
-            self._prepared = True
+            await self._storage.write(AUTOCLEAR_OFFSET, encode_u64(self._autoclear))
+        await self._bitmaps.announce(self._commit.barrier)
+        self._prepared = True
 
     async def owned(self, host_offset: int, is_table: bool) -> bool:
         """Return whether one entry alone uses a cluster, if it can be one to write to."""

@@ -15,6 +15,7 @@ import struct
 from array import array
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager
 from errno import EFBIG
 from operator import add
 from typing import Final
@@ -187,6 +188,12 @@ class RefcountedPool(Pool):
         cluster = host_offset >> self._cluster_bits
         block = await self._block(cluster >> self._block_bits)
         return block.get(cluster & (1 << self._block_bits) - 1) if block else 0
+
+    @asynccontextmanager
+    async def unmoved(self) -> AsyncIterator[None]:
+        """Keep the refcount table where it is, so that the header can be written anew."""
+        async with self._lock:
+            yield
 
     # -- sharing
 

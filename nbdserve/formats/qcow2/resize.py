@@ -10,13 +10,7 @@ file is cut when the image is closed. *Crash: the old size or the new one; leaks
 """
 
 from nbdserve.errors import ConfigError, ImageError
-from nbdserve.formats.qcow2.extensions import EXTENSION_BITMAPS
-from nbdserve.formats.qcow2.header import (
-    AUTOCLEAR_BITMAPS,
-    MAX_L1_BYTES,
-    Header,
-    l1_entries_for,
-)
+from nbdserve.formats.qcow2.header import MAX_L1_BYTES, Header, l1_entries_for
 
 #: The largest size that offsets of 64 bits with a sign can reach, in whole sectors.
 MAX_SIZE = (1 << 63) - 512
@@ -27,7 +21,7 @@ def judge_size(name: str, header: Header, size: int, *, shrink: bool) -> int:
 
     Raises:
         ConfigError: It is too large, or smaller without `shrink`.
-        ImageError: Snapshots or bitmaps rule it out.
+        ImageError: Snapshots rule it out.
     """
     if not 0 <= size <= MAX_SIZE:
         raise ConfigError(f"{name}: size {size} must be 0 to {MAX_SIZE} bytes")
@@ -47,11 +41,5 @@ def judge_size(name: str, header: Header, size: int, *, shrink: bool) -> int:
         raise ImageError(
             f"{name}: version 2 does not record the size of a snapshot, so an image with"
             " snapshots can't be resized; amend it to version 3"
-        )
-    bitmaps = header.extension(EXTENSION_BITMAPS) is not None
-    if bitmaps and header.autoclear_features & AUTOCLEAR_BITMAPS:
-        raise ImageError(
-            f"{name}: has persistent bitmaps, which would not fit another size: remove"
-            " them first"
         )
     return size

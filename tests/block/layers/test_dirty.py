@@ -5,10 +5,12 @@ from itertools import pairwise
 
 import pytest
 
-from nbdserve.block.layers.dirty import GRANULE, DirtyBitmap, DirtyTracking
+from nbdserve.block.dirty_bitmap import DEFAULT_GRANULARITY_BITS, DirtyBitmap
+from nbdserve.block.layers.dirty import DirtyTracking
 from tests.server.memory_disk import MemoryDisk
 
 TIB = 1 << 40
+GRANULE = 1 << DEFAULT_GRANULARITY_BITS
 
 
 def test_runs_are_cut_to_the_range_and_to_their_number() -> None:
