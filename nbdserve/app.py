@@ -26,6 +26,7 @@ from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
+from nbdserve.server.kernel import KernelDevice
 from nbdserve.server.limits import Limits, changed
 from nbdserve.server.listeners import (
     Endpoint,
@@ -163,16 +164,25 @@ async def _serve(  # noqa: PLR0913
         ServedImage(image.name, image.path, export.device.size, export.device.read_only)
         for image, export in zip(config.images, registry, strict=True)
     )
+    device = None if config.device is None else KernelDevice(server, config.device)
     try:
+        if device is not None:
+            await device.attach(config.images[0].name)
         required = config.tls.mode == "require"
         announce(Serving(images, tuple(server.endpoints), quiet, required))
     except BaseException:
         await server.shut_down()
+        if device is not None:
+            await device.detach()
         raise
     if client is not None:
         only = server.welcome(client, client.getpeername())
         only.add_done_callback(lambda _: stop.set())
-    await server.serve_until(stop)
+    try:
+        await server.serve_until(stop)
+    finally:
+        if device is not None:
+            await device.detach()  # with everything in flight answered
     await reload.ended()
 
 
@@ -218,7 +228,7 @@ def _listen(config: ServeConfig) -> list[Listener]:
         for path in config.unix:
             listeners.append(listen_unix(path, config.unix_mode))
         listeners += [listen_vsock(place.cid, place.port) for place in config.vsock]
-        if not listeners:
+        if not listeners and config.device is None:
             listeners += listen_tcp(config.default_host, DEFAULT_PORT)
     except BaseException:
         for listener in listeners:

@@ -44,11 +44,6 @@ _REFUSED = {
         "--snapshot",
         "make an overlay with nbdserve image create --backing, and serve that",
     ),
-    "connect": (
-        "--connect",
-        "serve with --socket or --port, then nbd-client connects the device",
-    ),
-    "disconnect": ("--disconnect", "nbd-client -d disconnects a device"),
     "trace": ("--trace", "--verbose tells more"),
     "selinux_label": ("--selinux-label", "let the policy label the socket"),
     "bitmap": (
@@ -100,8 +95,10 @@ def _run(words: list[str]) -> int:
             raise ConfigError(f"{option} is not supported: {instead}")
     if arguments.list:
         return _list(arguments)
+    if arguments.disconnect:
+        return _disconnect(arguments)
     config = _configuration(arguments)
-    if arguments.fork:
+    if arguments.fork or (config.device is not None and not arguments.verbose):
         return _fork(arguments, config)
     _serve(arguments, config)
     return 0
@@ -125,8 +122,6 @@ def _define(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-authz", metavar="ID", help="an earlier --object")
     group = parser.add_argument_group("refused, so that nobody misses what they do")
     group.add_argument("-s", "--snapshot", action="store_true")
-    group.add_argument("-c", "--connect", metavar="DEV")
-    group.add_argument("-d", "--disconnect", action="store_true")
     group.add_argument("-T", "--trace", metavar="PATTERN")
     group.add_argument("--selinux-label", metavar="LABEL")
     group.add_argument("-B", "--bitmap", metavar="NAME", action="append")
@@ -152,6 +147,19 @@ def _define_connection(group: "argparse._ArgumentGroup") -> None:
         "--fork", action="store_true", help="return once clients can connect"
     )
     group.add_argument("--pid-file", metavar="PATH")
+    group.add_argument(
+        "-c",
+        "--connect",
+        metavar="DEV",
+        help="attach the image to DEV, such as /dev/nbd0, and return; needs root, and"
+        " modprobe nbd",
+    )
+    group.add_argument(
+        "-d",
+        "--disconnect",
+        action="store_true",
+        help="detach the device that is given instead of an image",
+    )
 
 
 def _define_image(group: "argparse._ArgumentGroup") -> None:
@@ -195,6 +203,7 @@ def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
     from nbdserve.cli.qemu_options import Objects
     from nbdserve.config.model import ServeConfig, TcpAddress
     from nbdserve.config.tls import TlsConfig
+    from nbdserve.server.netlink import device_index
 
     objects = Objects()
     for text in arguments.object:
@@ -208,6 +217,11 @@ def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
     if arguments.tls_authz is not None:
         access = (objects.rule(arguments.tls_authz, arguments.tls_creds),)
     image = _image(arguments, access)
+    device = None
+    if arguments.connect is not None:
+        if arguments.tls_creds is not None:
+            raise ConfigError("TLS is not supported with --connect")
+        device = device_index(arguments.connect)
     if arguments.socket is not None and not os.path.isabs(arguments.socket):
         raise ConfigError("the socket path must be absolute")
     listen: tuple[TcpAddress, ...] = ()
@@ -223,6 +237,7 @@ def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
         default_host="0.0.0.0",  # noqa: S104 -- qemu-nbd's default
         persistent=arguments.persistent,
         at_once=arguments.shared or None,
+        device=device,
     )
 
 
@@ -345,6 +360,21 @@ def _point_to_nowhere(fd: int) -> None:
     nowhere = os.open(os.devnull, os.O_RDWR)
     os.dup2(nowhere, fd)
     os.close(nowhere)
+
+
+def _disconnect(arguments: argparse.Namespace) -> int:
+    """Detach a device.
+
+    Raises:
+        ConfigError: There is none, or it can't be.
+    """
+    from nbdserve.server.netlink import device_index, disconnect_device
+
+    if len(arguments.file) != 1:
+        raise ConfigError("--disconnect takes one device, such as /dev/nbd0")
+    disconnect_device(device_index(arguments.file[0]))
+    print(f"{arguments.file[0]} disconnected")
+    return 0
 
 
 def _list(arguments: argparse.Namespace) -> int:

@@ -233,6 +233,8 @@ class ServeConfig:
         default_host: Where to listen if nothing says where.
         persistent: Whether to go on when the last client is gone.
         at_once: Connections served at a time, others wait; None for no such limit.
+        device: N of this machine's /dev/nbdN to attach the only image to, instead of
+            listening at a default place.
     """
 
     images: tuple[ImageConfig, ...]
@@ -249,6 +251,7 @@ class ServeConfig:
     default_host: str = "127.0.0.1"
     persistent: bool = True
     at_once: int | None = None
+    device: int | None = None
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.

@@ -151,6 +151,7 @@ def content(uri: str) -> bytes:
     return copied.stdout
 
 
+TLS = "--object tls-creds-x509,id=t,dir=/,endpoint=server"
 #: Words, separated by spaces.
 CONVERSATIONS = {
     "plain": "-f qcow2 {image}",
@@ -309,8 +310,10 @@ def test_failures(
     ("words", "named"),
     [
         ("-s {image}", "--snapshot"),
-        ("-c /dev/nbd0 {image}", "--connect"),
-        ("-d /dev/nbd0", "--disconnect"),
+        ("-c /dev/sda {image}", "/dev/sda"),
+        ("-d", "--disconnect"),
+        ("-d /dev/sda", "/dev/sda"),
+        (f"-c /dev/nbd0 {TLS} --tls-creds t {{image}}", "--connect"),
         ("-T x {image}", "--trace"),
         ("--selinux-label=x {image}", "--selinux-label"),
         ("--detect-zeroes=on {image}", "--detect-zeroes=on"),

@@ -9,7 +9,7 @@ import gzip
 import lzma
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from tests.helpers.tools import run
@@ -80,8 +80,16 @@ class Archive:
             self._bytes += bytes(-len(self._bytes) % 4)
 
 
-def build_initramfs(kernel: Kernel, init: str) -> bytes:
-    """The compressed archive of a guest that runs the shell script `init`."""
+def build_initramfs(
+    kernel: Kernel, init: str, files: Mapping[str, str] | None = None
+) -> bytes:
+    """The compressed archive of a guest that runs the shell script `init`.
+
+    Args:
+        kernel: What the modules are for.
+        init: The script.
+        files: More files: path without the first slash, and content.
+    """
     archive = Archive()
     for folder in FOLDERS:
         archive.folder(folder)
@@ -98,6 +106,8 @@ def build_initramfs(kernel: Kernel, init: str) -> bytes:
     names = "\n".join(module_name(module) for module in order)
     archive.file("lib/modules/order", f"{names}\n".encode())
     archive.file("init", init.encode())
+    for path, content in (files or {}).items():
+        archive.file(path, content.encode())
     return archive.finish()
 
 
