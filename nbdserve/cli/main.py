@@ -39,6 +39,7 @@ COMMANDS = {
     "image convert": ("nbdserve.cli.image.convert", "copy a disk to another format"),
     "image commit": ("nbdserve.cli.image.commit", "write an overlay into its base"),
     "image rebase": ("nbdserve.cli.image.rebase", "give an image another backing file"),
+    "image compact": ("nbdserve.cli.image.compact", "make an image's file smaller"),
     "image rename": ("nbdserve.cli.image.rename", "rename an image and its references"),
 }
 

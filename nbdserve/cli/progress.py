@@ -22,7 +22,24 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
     Yields:
         What to tell how many bytes are done.
     """
-    if not sys.stderr.isatty() or not total:
+    if not total:
+        yield _ignore
+        return
+    with growing_bar(label) as progress:
+        yield lambda done: progress(done, total)
+
+
+@contextmanager
+def growing_bar(label: str) -> Iterator[Callable[[int, int], None]]:
+    """Show how far some work is whose size is found out on the way.
+
+    Args:
+        label: What is being done.
+
+    Yields:
+        What to tell how many bytes are done, and how many there are in all.
+    """
+    if not sys.stderr.isatty():
         yield _ignore
         return
     from rich.console import Console
@@ -45,11 +62,11 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
         transient=True,
     )
     with bar:
-        task = bar.add_task(label, total=total)
-        yield lambda done: bar.update(task, completed=done)
+        task = bar.add_task(label, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _ignore(done: int) -> None:
+def _ignore(done: int, total: int = 0) -> None:
     """Show nothing: nobody is looking."""
 
 

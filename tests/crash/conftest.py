@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from nbdserve.formats.mapped import pool
+from nbdserve.formats.qcow2 import compacting_pool, compaction
 from tests.crash.examine import TOTAL
 from tests.crash.flavours import Image, make
 
@@ -28,6 +29,15 @@ def image_of(tmp_path_factory: pytest.TempPathFactory) -> MakeImage:
 def small_pool(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep the pool from growing when it is emptied in haste."""
     monkeypatch.setattr(pool, "_MOST", 0)
+
+
+@pytest.fixture(autouse=True)
+def small_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let compaction of a small image take many steps."""
+    monkeypatch.setattr(compaction, "_BATCH", 8192)
+    monkeypatch.setattr(compaction, "_COMMIT", 16384)
+    monkeypatch.setattr(compaction, "_CUT", 32768)
+    monkeypatch.setattr(compacting_pool, "_CLUSTERS", 4)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -32,12 +32,15 @@ class Flavour:
         options: For `-o` of qemu-img.
         filled: Whether it has content of its own.
         compressed: Whether that is compressed.
+        dense: Whether it is hard to compress.
         snapshot: Whether a snapshot shares that.
         backing: Bytes of the backing file, 0 for none.
         compressed_backing: Whether the backing file is a compressed qcow2 image.
         pool: Clusters that are reserved at a time.
         padding: Bytes of the file, if it is to be longer than it has to.
         bitmaps: Whether it has persistent bitmaps: `live` records, `still` does not.
+        holes: Bytes at the start of the disk that are discarded after it was filled.
+        compacting: Whether it is compacted while the guest is at work.
     """
 
     format: str = "qcow2"
@@ -45,12 +48,15 @@ class Flavour:
     options: str = ""
     filled: bool = False
     compressed: bool = False
+    dense: bool = False
     snapshot: bool = False
     backing: int = 0
     compressed_backing: bool = False
     pool: int = 8
     padding: int = 0
     bitmaps: bool = False
+    holes: int = 0
+    compacting: bool = False
 
 
 _4K: Final = "cluster_size=4k"
@@ -95,6 +101,36 @@ FLAVOURS: Final = {
     "v3-bitmaps": Flavour(options=_4K, filled=True, bitmaps=True),
     "v3-512-bitmaps": Flavour(options=_512, size=80 * KIB, bitmaps=True),
     "v3-backed-bitmaps": Flavour(options=_4K, backing=70 * KIB + 512, bitmaps=True),
+    "v3-compacting": Flavour(
+        options=_4K, size=200 * KIB, filled=True, holes=128 * KIB, compacting=True
+    ),
+    "v2-compacting": Flavour(
+        options=_V2, size=200 * KIB, filled=True, holes=128 * KIB, compacting=True
+    ),
+    "v3-512-compacting": Flavour(
+        options=_512 + ",refcount_bits=64",
+        size=130 * KIB,
+        filled=True,
+        holes=80 * KIB,
+        compacting=True,
+    ),
+    "v3-compressed-compacting": Flavour(
+        options=_4K,
+        size=200 * KIB,
+        filled=True,
+        dense=True,
+        compressed=True,
+        holes=128 * KIB,
+        compacting=True,
+    ),
+    "v3-snapshot-compacting": Flavour(
+        options=_4K,
+        size=160 * KIB,
+        filled=True,
+        snapshot=True,
+        holes=100 * KIB,
+        compacting=True,
+    ),
 }
 
 
@@ -194,7 +230,7 @@ def make(name: str, folder: Path) -> Image:
         run(*argv, *options, *backing, path, str(flavour.size))
         guest = base.ljust(flavour.size, b"\0")
     elif flavour.filled:
-        guest = _pattern(flavour.size, chance)
+        guest = _pattern(flavour.size, chance, dense=flavour.dense)
         raw = folder / "content.raw"
         raw.write_bytes(guest)
         argv = ["qemu-img", "convert", "-f", "raw", "-O", flavour.format, *options]
@@ -206,6 +242,9 @@ def make(name: str, folder: Path) -> Image:
     else:
         run(*argv, *options, path, str(flavour.size))
         guest = bytes(flavour.size)
+    if flavour.holes:
+        run("qemu-io", "-c", f"discard 0 {flavour.holes}", path)
+        guest = bytes(flavour.holes) + guest[flavour.holes :]
     if flavour.snapshot:
         run("qemu-img", "snapshot", "-c", "before", path)
     if flavour.bitmaps:
@@ -221,7 +260,7 @@ def make(name: str, folder: Path) -> Image:
     return Image(flavour, folder, path.read_bytes(), guest, base, driver)
 
 
-def _pattern(size: int, chance: random.Random) -> bytes:
+def _pattern(size: int, chance: random.Random, *, dense: bool = False) -> bytes:
     """Return content of which every sector is known, with holes."""
     content = bytearray(size)
     for start in range(0, size, 4096):
@@ -229,5 +268,7 @@ def _pattern(size: int, chance: random.Random) -> bytes:
             continue
         for offset in range(start, min(start + 4096, size), 512):
             stamp = b"before %d;" % (offset // 512) * 64
+            if dense:
+                stamp = stamp[:200] + chance.randbytes(312)
             content[offset : offset + 512] = stamp[: min(512, size - offset)]
     return bytes(content)

@@ -2,18 +2,22 @@
 
 import asyncio
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import pytest
 
 from nbdserve.block.dirty_bitmap import DirtyBitmap
+from nbdserve.formats.mapped import move
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
+from nbdserve.formats.mapped.entries import OWNED
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.mapped.tables import Table, Tables, encode_words
+from nbdserve.formats.mapped.waits import Pins
 from nbdserve.formats.qcow2.bitmap_changes import BitmapChanges
 from nbdserve.formats.qcow2.bitmaps import Bitmaps
+from nbdserve.formats.qcow2.compacting_pool import CompactingPool
 from nbdserve.formats.qcow2.refcount_block import Block
 from nbdserve.formats.qcow2.refcounts import RefcountedPool
 
@@ -384,6 +388,55 @@ def bitmaps_without_marks(patch: Patch) -> None:
 
 
 _BITMAPS: Final = ("v3-bitmaps", "v3-512-bitmaps")
+
+
+def moved_beside_writers(patch: Patch) -> None:
+    """Compaction moves a cluster while others write to it in place."""
+    patch.setattr(move, "SHARED", OWNED)
+
+
+def moved_before_writers_ended(patch: Patch) -> None:
+    """Compaction copies a cluster while writes that began earlier are under way."""
+    old_move = move.Mover._move
+
+    async def new_move(self: move.Mover, *what: Any) -> None:
+        self._parts = replace(self._parts, pins=Pins())
+        await old_move(self, *what)
+
+    patch.setattr(move.Mover, "_move", new_move)
+
+
+def cut_before_commit(patch: Patch) -> None:
+    """The file is cut before its entries durably name the new places."""
+    cut = CompactingPool.cut_end
+
+    async def cut_end(self: CompactingPool) -> None:
+        durability = self._durability
+        self._durability = _NoBarrier()
+        try:
+            await cut(self)
+        finally:
+            self._durability = durability
+
+    reuse_before_commit(patch)
+    patch.setattr(CompactingPool, "cut_end", cut_end)
+
+
+def block_moved_too_early(patch: Patch) -> None:
+    """The refcount table names a moved block before that is durable."""
+    move_block = CompactingPool.move_block
+
+    async def new_move(self: CompactingPool, *place: Any) -> None:
+        durability = self._durability
+        self._durability = _NoBarrier()
+        try:
+            await move_block(self, *place)
+        finally:
+            self._durability = durability
+
+    patch.setattr(CompactingPool, "move_block", new_move)
+
+
 _COPYING: Final = ("v3-backed", "v3-snapshot", "v3-compressed")
 PLANTED: Final = {
     each.plant.__name__: each
@@ -414,5 +467,9 @@ PLANTED: Final = {
         Planted(bitmap_flags_not_durable, _BITMAPS),
         Planted(bitmaps_not_durable, _BITMAPS),
         Planted(bitmaps_without_marks, _BITMAPS),
+        Planted(moved_beside_writers, ("v3-compacting",), live=True),
+        Planted(moved_before_writers_ended, ("v3-compacting",), live=True),
+        Planted(cut_before_commit, ("v3-compacting",)),
+        Planted(block_moved_too_early, ("v3-512-compacting",)),
     )
 }

@@ -11,6 +11,7 @@ from typing import Any
 from nbdserve.errors import ImageError
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.redo import Link, RedoLog
+from nbdserve.formats.qcow2.image import Qcow2Image
 from tests.crash.disk import (
     SECTOR,
     ZERO_SECTOR,
@@ -350,7 +351,15 @@ async def record(
                 left[0] -= 1
                 await who.step()
 
-        await asyncio.gather(*(work() for _ in range(plan.workers)))
+        async def compact() -> None:
+            while left[0] > 0 and isinstance(device, Qcow2Image):
+                await device.compact()
+                await disk.suspend()
+
+        workers = [work() for _ in range(plan.workers)]
+        if image.flavour.compacting:
+            workers.append(compact())
+        await asyncio.gather(*workers)
         closed = False
         if plan.fault is not None:
             await who.look()

@@ -22,7 +22,7 @@ from errno import EIO
 from typing import TYPE_CHECKING, Final
 
 from nbdserve.errors import ImageCorruptError
-from nbdserve.formats.mapped.entries import OWNED, UNPUBLISHED
+from nbdserve.formats.mapped.entries import COMPRESSED, OWNED, UNPUBLISHED
 from nbdserve.formats.mapped.tables import Table, encode_words
 from nbdserve.formats.mapped.waits import Pins
 from nbdserve.storage.base import Storage
@@ -215,6 +215,8 @@ class Committer:
             in_file = self._held.get((table, position), table.words[position])
             logged = (
                 self.redo is not None
+                # moved by compaction: the word of before says the same
+                and kind != COMPRESSED
                 and in_file is not None
                 and self.redo.link(
                     table.number * len(table.words) + position, in_file, word
@@ -380,6 +382,11 @@ class Committer:
         while self._releasing:
             # what could not be given back is a leak, and no reason to stop
             await asyncio.wait(self._releasing)
+
+    async def released(self) -> None:
+        """Wait for step C of the epochs that have ended so far."""
+        if self._releasing:
+            await asyncio.wait(set(self._releasing))
 
     async def close(self) -> None:
         """Commit what is left and wait for step C of every epoch.

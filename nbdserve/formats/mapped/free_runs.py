@@ -30,15 +30,23 @@ class FreeRuns:
         self._by_start[start] = end - start
         self._by_end[end] = start
 
-    def take(self, wanted: int, contiguous: int) -> list[tuple[int, int]]:
-        """Take up to `wanted` clusters out, in runs of at least `contiguous`."""
+    def take(
+        self, wanted: int, contiguous: int, below: int | None = None
+    ) -> list[tuple[int, int]]:
+        """Take up to `wanted` clusters out, in runs of at least `contiguous`.
+
+        Args:
+            wanted: The most.
+            contiguous: The least of a run.
+            below: All of them lie below this one.
+        """
         taken: list[tuple[int, int]] = []
         for start, count in list(self._by_start.items()):
             if wanted <= 0:
                 break
-            if count < contiguous:
-                continue
             piece = min(count, wanted)
+            if below is not None:
+                piece = min(piece, below - start)
             if piece < contiguous:
                 continue
             del self._by_start[start]
@@ -48,6 +56,12 @@ class FreeRuns:
             if piece < count:
                 self.add(start + piece, count - piece)
         return taken
+
+    def cut(self, end: int) -> int:
+        """Take out the run that ends at `end`, if there is one, and return where it begins."""
+        start = self._by_end.pop(end, end)
+        self._by_start.pop(start, None)
+        return start
 
     def last_before(self, end: int) -> int:
         """Return where the run begins that ends at `end`; `end` if there is none."""

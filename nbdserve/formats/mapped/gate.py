@@ -20,12 +20,13 @@ class Gate:
         closed: Whether one is alone inside, or waits to be; then `opened` comes
             before `enter`.
         longest_s: The longest time it was closed.
+        recent_s: The same, since somebody set it to 0.
     """
 
     def __init__(self) -> None:
         """Begin open."""
         self.closed = False
-        self.longest_s = 0.0
+        self.longest_s = self.recent_s = 0.0
         self._inside = 0
         self._empty: asyncio.Future[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
@@ -61,7 +62,9 @@ class Gate:
         finally:
             self.closed = False
             self._empty = None
-            self.longest_s = max(self.longest_s, time.monotonic() - start_s)
+            closed_s = time.monotonic() - start_s
+            self.longest_s = max(self.longest_s, closed_s)
+            self.recent_s = max(self.recent_s, closed_s)
             waiters, self._waiters = self._waiters, []
             for waiter in waiters:
                 if not waiter.done():

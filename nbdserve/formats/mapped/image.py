@@ -61,8 +61,8 @@ class MappedImage(BlockDevice):
         self._parts = parts
         self._space = space
         self._mapping = Mapping(parts)
-        inflater = Inflater(parts, decompress)
-        self._reader = Reader(parts, self._mapping, inflater)
+        self._inflater = Inflater(parts, decompress)
+        self._reader = Reader(parts, self._mapping, self._inflater)
         if space is not None:
             commit = space.commit
             commit.on_release(space.pool.release)

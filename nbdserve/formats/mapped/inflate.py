@@ -104,6 +104,10 @@ class Inflater:
         finally:
             self._pins.leave(generation)
 
+    def forget(self, word: int) -> None:
+        """Let an entry name other data from now on; nobody reads the old ones any more."""
+        self._kept.pop(word, None)
+
     async def _shared(self, word: int, host_offset: int, length: int) -> bytes:
         """Wait for whoever decompresses this cluster already, or do it."""
         while word in self._busy:

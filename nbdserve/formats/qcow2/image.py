@@ -1,20 +1,23 @@
 """An open qcow2 image, with what this format has beyond reading and writing."""
 
 import asyncio
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 from nbdserve.block.dirty_bitmap import DirtyBitmap
-from nbdserve.errors import ImageError
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.inflate import Decompress
+from nbdserve.formats.mapped.move import Mover
 from nbdserve.formats.mapped.opening import load_l1
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.redo import Link
 from nbdserve.formats.mapped.tables import Tables
 from nbdserve.formats.qcow2.bitmap_changes import BitmapChanges
 from nbdserve.formats.qcow2.bitmaps import BitmapInfo, Bitmaps
+from nbdserve.formats.qcow2.compaction import Compacted, Compaction, Progress
+from nbdserve.formats.qcow2.compressed_move import CompressedMover
 from nbdserve.formats.qcow2.header import SIZE_OFFSET, Header, encode_u64
 from nbdserve.formats.qcow2.recorder import Recorder
 from nbdserve.formats.qcow2.resize import judge_size
@@ -53,6 +56,8 @@ class Qcow2Image(MappedImage):
         self._bitmaps = bitmaps or Bitmaps(parts.storage, header)
         self.notes += self._bitmaps.notes
         self._record()
+        self._compaction: asyncio.Task[Compacted] | None = None
+        self._stop_compaction: Callable[[], None] = lambda: None
 
     @property
     def header(self) -> Header:
@@ -305,6 +310,72 @@ class Qcow2Image(MappedImage):
     async def _store_resized(self, structure: Structure) -> None:
         if self._bitmaps.found:
             await BitmapChanges(structure, self._bitmaps).store(self._bitmaps.found)
+
+    async def compact(
+        self, *, pace: float = 0.0, progress: Progress = lambda _moved, _total: None
+    ) -> Compacted:
+        """Move clusters from the end of the file into free space, and cut the file.
+
+        Reads and writes go on meanwhile. Cancelling it ends it after the move that
+        is under way; it does no harm, and what is done is done.
+
+        Args:
+            pace: How long to rest after each move, as a multiple of its duration: 1
+                leaves half of the time to others.
+            progress: See `Progress`.
+
+        Raises:
+            ConfigError: The image can't be compacted, or that goes on already.
+            ImageCorruptError: Its metadata contradict themselves.
+            OSError: Something can't be read or written.
+        """
+        compaction = self._new_compaction(pace, progress)
+        self._compaction = asyncio.get_running_loop().create_task(compaction.run())
+        self._stop_compaction = compaction.stop
+        try:
+            return await asyncio.shield(self._compaction)
+        finally:
+            await self._end_compaction()
+
+    def _new_compaction(self, pace: float, progress: Progress) -> Compaction:
+        space, name = self._require_space(), self._parts.storage.name
+        if self._compaction is not None:
+            raise ConfigError(f"{name}: is being compacted already")
+        if self._parts.storage.fixed_size:
+            raise ConfigError(f"{name}: a block device does not get smaller")
+        if self._structure is None:
+            raise TypeError("an image with space has a structure")
+        parts, mapping, allocator = self._parts, self._mapping, self._allocator
+        return Compaction(
+            self._structure,
+            self.structure,
+            Mover(parts, space, mapping, allocator),
+            CompressedMover(
+                parts,
+                self._structure.pool,
+                space.commit,
+                mapping,
+                allocator,
+                self._inflater,
+            ),
+            pace=pace,
+            progress=progress,
+        )
+
+    async def _end_compaction(self) -> None:
+        """Let a compaction end, if there is one."""
+        task = self._compaction
+        if task is not None:
+            self._stop_compaction()
+            await asyncio.wait([task])
+            if not task.cancelled():
+                task.exception()  # whoever waits for `compact` gets it
+            self._compaction = None
+
+    async def close(self) -> None:
+        """See `BlockDevice.close`."""
+        await self._end_compaction()
+        await super().close()
 
     @asynccontextmanager
     async def structure(self) -> AsyncIterator[Structure]:

@@ -25,6 +25,7 @@ from nbdserve.formats.mapped.tables import Table, Tables
 from nbdserve.formats.mapped.waits import Pins
 from nbdserve.formats.qcow2.bitmaps import Bitmaps
 from nbdserve.formats.qcow2.check import check_image, unnamed_clusters
+from nbdserve.formats.qcow2.compacting_pool import CompactingPool
 from nbdserve.formats.qcow2.entries import OFFSET_MASK, Qcow2Entries
 from nbdserve.formats.qcow2.header import (
     AUTOCLEAR_BITMAPS,
@@ -42,7 +43,7 @@ from nbdserve.formats.qcow2.header import (
 )
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.rebuild import rebuild_refcounts
-from nbdserve.formats.qcow2.refcounts import RefcountedPool, load_refcount_table
+from nbdserve.formats.qcow2.refcounts import load_refcount_table
 from nbdserve.formats.qcow2.repair import repair_image
 from nbdserve.formats.qcow2.snapshot_table import judge_snapshot, parse_snapshot_table
 from nbdserve.storage.base import Storage
@@ -208,7 +209,7 @@ async def _open_space(
     for host_offset in table:
         if host_offset:
             located.add(host_offset, 1, header.cluster_bits)
-    pool = RefcountedPool(
+    pool = CompactingPool(
         storage, header, table, commit, located.metadata, located.tables
     )
     await pool.find_end()
@@ -265,7 +266,7 @@ class _Guard:
         self,
         storage: Storage,
         header: Header,
-        pool: RefcountedPool,
+        pool: CompactingPool,
         commit: Committer,
         bitmaps: Bitmaps,
     ) -> None:

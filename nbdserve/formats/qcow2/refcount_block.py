@@ -7,6 +7,7 @@ import sys
 from array import array
 from collections.abc import Sequence
 from functools import cache
+from typing import Final
 
 
 @cache
@@ -17,6 +18,9 @@ def _narrow_counts(order: int) -> list[bytes]:
     return [
         bytes(bool(byte >> shift & mask) for shift in shifts) for byte in range(256)
     ]
+
+
+_IS_USED: Final = b"\0" + b"\1" * 255
 
 
 class Block:
@@ -94,8 +98,12 @@ class Block:
         """Return a byte for each count: 0 if the cluster is free."""
         order = self._order
         if order >= 3:
-            # whether a number is zero does not depend on its byte order
-            return bytes(map(bool, array("BHIQ"[order - 3], bytes(self.data))))
+            # all bytes of each count at once: a block may have a million of them
+            width = 1 << order - 3
+            used = 0
+            for at in range(width):
+                used |= int.from_bytes(self.data[at::width], "little")
+            return used.to_bytes(len(self.data) // width, "little").translate(_IS_USED)
         return b"".join(map(_narrow_counts(order).__getitem__, self.data))
 
     def changed(self) -> tuple[int, int] | None:

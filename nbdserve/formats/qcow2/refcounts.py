@@ -108,13 +108,20 @@ class RefcountedPool(Pool):
 
     async def _block(self, number: int) -> Block | None:
         """Return a refcount block, None if it does not exist."""
-        block = self._blocks.get(number)
-        if block is not None:
-            self._blocks.move_to_end(number)
-            return block
-        if number >= len(self._table) or not self._table[number]:
-            return None
-        host_offset = self._table[number]
+        while True:
+            block = self._blocks.get(number)
+            if block is not None:
+                self._blocks.move_to_end(number)
+                return block
+            if number >= len(self._table) or not self._table[number]:
+                return None
+            host_offset = self._table[number]
+            data = await self._read_block(number, host_offset)
+            # somebody else may have loaded it meanwhile, or compaction moved it
+            if number not in self._blocks and self._table[number] == host_offset:
+                return self._keep(number, Block(host_offset, data, self._order))
+
+    async def _read_block(self, number: int, host_offset: int) -> bytearray:
         if (
             host_offset & ~OFFSET_MASK
             or host_offset & self._cluster_size - 1
@@ -129,10 +136,7 @@ class RefcountedPool(Pool):
         view = memoryview(data)
         if not self._storage.try_read(host_offset, view):
             await self._storage.read(host_offset, view)
-        # somebody else may have loaded it meanwhile
-        return self._blocks.get(number) or self._keep(
-            number, Block(host_offset, data, self._order)
-        )
+        return data
 
     async def _existing(self, number: int) -> Block:
         block = await self._block(number)

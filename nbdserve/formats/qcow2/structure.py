@@ -197,8 +197,12 @@ class Structure:
 
     # -- the L1 table
 
-    async def grow_l1(self, entries: int) -> None:
+    async def grow_l1(self, entries: int, place: int | None = None) -> None:
         """Move the L1 table to a larger place.
+
+        Args:
+            entries: At least as many as it has.
+            place: Host offset of clusters taken for it; None takes some.
 
         Raises:
             ImageError: It would be larger than is allowed.
@@ -209,7 +213,7 @@ class Structure:
                 f"{self.parts.storage.name}: would need {entries} L1 entries, at most"
                 f" {MAX_L1_BYTES // 8} are allowed; larger clusters map more"
             )
-        host_offset = await self.take(8 * entries)
+        host_offset = await self.take(8 * entries) if place is None else place
         words = l1.words + array("Q", bytes(8 * (entries - len(l1.words))))
         try:
             await self.parts.storage.put(host_offset, encode_words(words))
