@@ -40,8 +40,12 @@ Freed = tuple[int, int]
 _WRITES_PER_TURN: Final = 128
 
 
-#: Held words that start a commit before its time: they keep their tables in memory.
+#: Held words that start a commit before its time: each takes 200 bytes of memory.
 _MOST_HELD: Final = 1 << 16
+#: Held words beyond which another one waits for a commit.
+_WAIT_HELD: Final = 1 << 18
+#: Bytes that an entry takes in memory, with its kind.
+_ENTRY_BYTES: Final = 9
 
 
 class Committer:
@@ -64,8 +68,18 @@ class Committer:
         *,
         interval_s: float,
         writethrough: bool,
+        table_bytes: int = 32 << 20,
     ) -> None:
-        """`interval_s` bounds how long a held word waits for a flush."""
+        """Begin with nothing to commit.
+
+        Args:
+            storage: The image's file.
+            pins: Input and output under way.
+            interval_s: How long a held word waits for a flush.
+            writethrough: See the class.
+            table_bytes: Memory for tables, which those with held words can't leave:
+                half of it starts a commit, and twice of it makes writers wait for one.
+        """
         self.writethrough = writethrough
         self.dirty = False
         self.redo: RedoLog | None = None
@@ -79,7 +93,12 @@ class Committer:
         self._exposures = self._covered = 0
         self._committing: dict[Key, int | None] = {}
         self._commit_ended: list[asyncio.Future[None]] = []
+        self._table_bytes = table_bytes
+        self._pinned_bytes = 0
         self._freed: list[Freed] = []
+        # why the clusters freed by the last commit could not be given back, if so
+        self._owed: OSError | None = None
+        self._mark: Callable[[], Awaitable[None]] | None = None
         self._release: Callable[[list[Freed]], Awaitable[None]] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._running: asyncio.Task[None] | None = None
@@ -90,6 +109,29 @@ class Committer:
     def on_release(self, release: Callable[[list[Freed]], Awaitable[None]]) -> None:
         """Name the coroutine that takes freed clusters once nobody knows them."""
         self._release = release
+
+    def on_damage(self, mark: Callable[[], Awaitable[None]]) -> None:
+        """Name the coroutine that notes in the file that the image is damaged."""
+        self._mark = mark
+
+    def damage(self) -> None:
+        """Take no more changes: metadata were found to contradict themselves.
+
+        Without somebody to note it in the file (the format has no place for that), it is
+        the one request that fails.
+        """
+        if self._mark is None or self.refusal is not None:
+            return
+        self.refusal = "its metadata contradict themselves"
+        task = asyncio.get_running_loop().create_task(self._note_damage(self._mark))
+        self._releasing.add(task)
+        task.add_done_callback(self._releasing.discard)
+
+    async def _note_damage(self, mark: Callable[[], Awaitable[None]]) -> None:
+        try:
+            await mark()
+        except OSError as error:
+            self.failed = error
 
     def check(self) -> None:
         """Refuse to go on after a failed barrier.
@@ -168,6 +210,9 @@ class Committer:
             waiter = asyncio.get_running_loop().create_future()
             self._commit_ended.append(waiter)
             await waiter
+        if hold and self._is_crowded(table):
+            await self._make_room(table)
+            return await self.change(table, index, words, kind, hold=True)
         if hold or (self._held and self._meets(self._held, table, index, count)):
             return self._hold(table, index, words, kind)
         offset = table.host_offset + 8 * index
@@ -186,6 +231,21 @@ class Committer:
         table.words[index : index + count] = words
         table.kinds[index : index + count] = bytes((kind,)) * count
         return True
+
+    def _is_crowded(self, table: Table) -> bool:
+        """Return whether another held word would take more memory than there is."""
+        if len(self._held) >= _WAIT_HELD:
+            return True
+        return not table.held and self._pinned_bytes > 2 * self._table_bytes
+
+    async def _make_room(self, table: Table) -> None:
+        """Commit until there is room for a held word.
+
+        Raises:
+            OSError: It can't be made.
+        """
+        while self._is_crowded(table):
+            await self.flush()
 
     @property
     def exposed(self) -> bool:
@@ -237,11 +297,22 @@ class Committer:
         key = (table, index)
         if key not in self._held:
             table.users += 1
+            if not table.held and table.number >= 0:
+                self._pinned_bytes += len(table.words) * _ENTRY_BYTES
+            table.held += 1
         self._held[key] = in_file
         self.dirty = True
         self._schedule()
-        if len(self._held) == _MOST_HELD:
+        many = len(self._held) >= _MOST_HELD
+        if many or self._pinned_bytes > self._table_bytes // 2:
             self._start()
+
+    def _let_go(self, table: Table) -> None:
+        """One held word of a table is in the file."""
+        table.users -= 1
+        table.held -= 1
+        if not table.held and table.number >= 0:
+            self._pinned_bytes -= len(table.words) * _ENTRY_BYTES
 
     def free(self, host_offset: int, length: int) -> None:
         """Take a reference from clusters that no entry names any more.
@@ -331,14 +402,18 @@ class Committer:
             if not done:
                 self.dirty = True
                 # some of them may be in the file now
-                self._held.update(dict.fromkeys(held))
+                for key in held:
+                    if key in self._held:
+                        # held again meanwhile, and counted twice
+                        self._let_go(key[0])
+                    self._held[key] = None
                 self._freed = freed + self._freed
             ended, self._commit_ended = self._commit_ended, []
             for waiter in ended:
                 if not waiter.done():
                     waiter.set_result(None)
         for table, index in held:
-            table.users -= 1
+            self._let_go(table)
             if table.kinds[index] == UNPUBLISHED:
                 table.kinds[index] = OWNED
         if self.redo is not None:
@@ -369,18 +444,32 @@ class Committer:
     async def _give_back(self, freed: list[Freed]) -> None:
         """Step C: hand freed clusters on once no input or output names them."""
         await self._pins.drained()
-        if self._release is not None and self.failed is None:
+        if self._release is None or self.failed is not None:
+            return
+        try:
             await self._release(freed)
+        except OSError as error:
+            # None of them was given back: they are freed by the next commit as well.
+            self._owed = error
+            self._freed = freed + self._freed
+            self.dirty = True
+            self._schedule()
+        except ImageCorruptError:
+            # Their refcounts can't be changed: they are leaked, which harms nobody.
+            self.damage()
+        else:
+            self._owed = None
 
     async def settle(self) -> None:
         """Commit, and wait for step C of every epoch: then the file is what memory says.
+
+        What can't be given back is a leak, and no reason to stop.
 
         Raises:
             OSError: Something could not be made durable.
         """
         await self.flush()
         while self._releasing:
-            # what could not be given back is a leak, and no reason to stop
             await asyncio.wait(self._releasing)
 
     async def released(self) -> None:
@@ -392,12 +481,12 @@ class Committer:
         """Commit what is left and wait for step C of every epoch.
 
         Raises:
-            OSError: Something could not be made durable.
+            OSError: Something could not be made durable, or is leaked.
         """
         # Even if this fails: the storage will be closed, so nothing is tried again.
         self._closed = True
         if self._timer is not None:
             self._timer.cancel()
-        await self.flush()
-        while self._releasing:
-            await asyncio.gather(*self._releasing)
+        await self.settle()
+        if self._owed is not None and self._freed:
+            raise self._owed

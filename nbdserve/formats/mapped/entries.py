@@ -39,6 +39,7 @@ class EntryCodec(Protocol):
             `ZERO_ALLOCATED`, that are the cluster's offset.
         zero_word: The entry of a cluster that reads as zeros without having a
             host cluster; None if the format can't say that.
+        compressed_flag: The bit of an L2 entry that names compressed data.
     """
 
     @property
@@ -51,6 +52,10 @@ class EntryCodec(Protocol):
 
     @property
     def zero_word(self) -> int | None:
+        """See the class."""
+
+    @property
+    def compressed_flag(self) -> int:
         """See the class."""
 
     def classify(self, word: int) -> int:

@@ -66,6 +66,7 @@ class MappedImage(BlockDevice):
         if space is not None:
             commit = space.commit
             commit.on_release(space.pool.release)
+            parts.tables.on_damage = space.pool.on_damage = commit.damage
             self._allocator = Allocator(parts, self._mapping, self._reader, space)
             self._writer = Writer(parts, self._mapping, self._allocator, commit)
             self._discarder = Discarder(

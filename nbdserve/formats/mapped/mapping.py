@@ -117,7 +117,13 @@ class Mapping:
         return min(number << self._table_bits, end) - guest_offset
 
     def corrupt(self, guest_offset: int, word: int, problem: str) -> ImageCorruptError:
-        """Return the error for an L2 entry that can't be obeyed."""
+        """Report an L2 entry that can't be obeyed, and return the error for it.
+
+        Compressed data that can't be there are lost, and harm nothing else.
+        """
+        compressed = word & self._codec.compressed_flag
+        if self._tables.on_damage is not None and not compressed:
+            self._tables.on_damage()
         return ImageCorruptError(
             f"{self._name}: the L2 entry {word:#018x} of guest offset "
             f"{guest_offset:#x} {problem}; run 'nbdserve image check' on it"

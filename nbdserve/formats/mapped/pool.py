@@ -17,12 +17,15 @@ import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from errno import EFBIG, ENOSPC, EOPNOTSUPP
-from typing import Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.commit import Freed
 from nbdserve.formats.mapped.free_runs import FreeRuns
 from nbdserve.storage.base import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 #: Bytes of the first reservation, and of those that follow in haste. What is reserved is
 #: sparse: it costs no disk space until it is used.
@@ -82,6 +85,7 @@ class Pool(ABC):
         metadata: Numbers of the clusters that hold the header and other tables than
             L2 tables: neither data nor an L2 table may ever be written there.
         tables: Numbers of the clusters that hold L2 tables of the active disk.
+        on_damage: Called if refcounts and entries are found to contradict each other.
     """
 
     def __init__(
@@ -96,12 +100,15 @@ class Pool(ABC):
         """`end` is the number of the first cluster past everything in use."""
         self.metadata = metadata
         self.tables = tables
+        self.on_damage: Callable[[], None] | None = None
         self._storage = storage
         self._cluster_bits = cluster_bits
         self._durability = durability
         self._end = end
         self._runs: list[_Run] = []
         self._free = FreeRuns()
+        # free, but their old bytes could not be punched so far
+        self._unpunched: list[tuple[int, int]] = []
         self._lock = asyncio.Lock()
         self._refilling: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
@@ -124,6 +131,8 @@ class Pool(ABC):
     @abstractmethod
     async def _unreserve(self, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
         """Take a reference from each cluster of `runs` (first, count), in the file.
+
+        If it fails, all of them have it still, as far as memory says.
 
         Returns:
             The runs (first, count) that nobody refers to any more.
@@ -271,9 +280,8 @@ class Pool(ABC):
         found += self._free.take(wanted, contiguous)
         missing = wanted - sum(count for _, count in found)
         if missing > 0:
-            for start, count in await self._old_holes(
-                missing, found + self._free.runs()
-            ):
+            known = found + self._free.runs() + self._unpunched
+            for start, count in await self._old_holes(missing, known):
                 self._require_no_metadata(start, count)
                 # Not in `found` before: what is given back from there counts as zeros.
                 await self._zero(start, count)
@@ -336,20 +344,41 @@ class Pool(ABC):
     def _require_no_metadata(self, start: int, count: int) -> None:
         for cluster in range(start, start + count):
             if cluster in self.metadata or cluster in self.tables:
-                raise ImageCorruptError(
-                    f"{self._storage.name}: the cluster at "
+                raise self.damaged(
+                    f"the cluster at "
                     f"{cluster << self._cluster_bits:#x} holds metadata, and an entry "
                     "or a refcount denies it; run 'nbdserve image check' on it"
                 )
+
+    def damaged(self, problem: str) -> ImageCorruptError:
+        """Report damage, and return the error for it."""
+        if self.on_damage is not None:
+            self.on_damage()
+        return ImageCorruptError(f"{self._storage.name}: {problem}")
 
     async def release(self, freed: list[Freed]) -> None:
         """Take a reference from clusters that nothing durable and nobody under way names.
 
         Those without any reference left are punched, and can be reserved again.
+
+        Raises:
+            OSError: All of them have that reference still.
         """
         async with self._lock:
-            for run in await self._unreserve(self._clusters(freed)):
+            await self._reuse(await self._unreserve(self._clusters(freed)))
+
+    async def _reuse(self, runs: list[tuple[int, int]]) -> None:
+        """Punch clusters that nobody refers to, and keep them for the next reservation.
+
+        Those that can't be punched stay out of use until that works.
+        """
+        waiting, self._unpunched = self._unpunched + runs, []
+        for run in waiting:
+            try:
                 await self._zero(*run)
+            except OSError:
+                self._unpunched.append(run)
+            else:
                 self._keep_free(*run)
 
     def _clusters(self, freed: list[Freed]) -> list[tuple[int, int]]:

@@ -7,12 +7,16 @@ that word, so what is on disk is always the words last written and never "the ca
 
 import sys
 from array import array
+from typing import TYPE_CHECKING
 
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.entries import UNALLOCATED, EntryCodec
 from nbdserve.formats.mapped.geometry import Geometry
 from nbdserve.formats.mapped.waits import Pins, Turnstile
 from nbdserve.storage.base import Storage
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
 
 
 def decode_words(data: bytes | bytearray | memoryview) -> "array[int]":
@@ -44,9 +48,19 @@ class Table:
         users: Operations that change it and hold it across an await, and words
             that are not in the file yet: while there are any, it stays in the cache.
         recent: Used since the cache last looked for a victim.
+        held: How many of its words are not in the file yet, or being written.
     """
 
-    __slots__ = ("host_offset", "kinds", "number", "owned", "recent", "users", "words")
+    __slots__ = (
+        "held",
+        "host_offset",
+        "kinds",
+        "number",
+        "owned",
+        "recent",
+        "users",
+        "words",
+    )
 
     def __init__(self, number: int, host_offset: int, words: "array[int]") -> None:
         """Begin with nothing known of the entries but that zeros map nothing."""
@@ -57,6 +71,7 @@ class Table:
         self.owned = False
         self.users = 0
         self.recent = True
+        self.held = 0
 
     @classmethod
     def empty(cls, number: int, host_offset: int, entries: int) -> "Table":
@@ -73,6 +88,7 @@ class Tables:
     Attributes:
         cached: L1 index to table, for the hot path to look up.
         l1: The L1 table, always in memory.
+        on_damage: Called if an entry is found that can't be followed.
     """
 
     def __init__(
@@ -88,6 +104,7 @@ class Tables:
         """`limit` bounds the cache in bytes; one table is always allowed."""
         self.cached: dict[int, Table] = {}
         self.l1 = l1
+        self.on_damage: Callable[[], None] | None = None
         self._storage = storage
         self._geometry = geometry
         self._codec = codec
@@ -165,6 +182,8 @@ class Tables:
             problem = "points past the end of the file"
         else:
             return host_offset
+        if self.on_damage is not None:
+            self.on_damage()
         raise ImageCorruptError(
             f"{self._storage.name}: L1 entry {number} ({word:#018x}) {problem}"
         )

@@ -14,6 +14,7 @@ class Qcow1Entries:
     l1_offset_mask = (1 << 64) - 1
     l2_offset_mask = (1 << 64) - 1
     zero_word = None
+    compressed_flag = _COMPRESSED_FLAG
 
     def __init__(self, cluster_bits: int) -> None:
         """`cluster_bits` is log2 of the cluster size."""

@@ -88,6 +88,7 @@ class Qcow1Driver:
                 pins,
                 interval_s=self.options.commit_interval_s,
                 writethrough=writethrough,
+                table_bytes=self.options.table_cache,
             )
             # What a killed server left in the page cache is read from now on, so it has
             # to be as durable as the rest before anything is built on it, or flushed.

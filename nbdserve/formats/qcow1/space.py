@@ -42,9 +42,7 @@ class UncountedPool(Pool):
             if not offset % size and not length % size
         ]
         async with self._lock:
-            for start, count in self._clusters(whole):
-                await self._zero(start, count)
-                self._keep_free(start, count)
+            await self._reuse(self._clusters(whole))
 
     async def references(self, host_offset: int) -> int:
         """Return 1: the format has no way to share a cluster."""

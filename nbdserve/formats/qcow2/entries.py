@@ -30,6 +30,7 @@ class Qcow2Entries:
 
     l1_offset_mask = OFFSET_MASK
     l2_offset_mask = OFFSET_MASK
+    compressed_flag = COMPRESSED_FLAG
 
     def __init__(self, version: int, cluster_bits: int) -> None:
         """`version` is 2 or 3."""
@@ -53,8 +54,8 @@ class Qcow2Entries:
             if self.zero_word is None:
                 return BAD
             return ZERO_ALLOCATED if host_offset else ZERO
-        # The first cluster is the header, so COPIED with no offset is no cluster.
-        return NORMAL if host_offset else BAD
+        # The first cluster is the header: COPIED with no offset is no cluster, as in qemu.
+        return NORMAL if host_offset else UNALLOCATED
 
     def l1_is_valid(self, word: int) -> bool:
         """Return whether an L1 entry obeys the specification."""

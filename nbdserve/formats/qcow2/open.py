@@ -144,6 +144,7 @@ class Qcow2Driver:
                 pins,
                 interval_s=self.options.commit_interval_s,
                 writethrough=writethrough,
+                table_bytes=self.options.table_cache,
             )
             # What a killed server left in the page cache is read from now on, so it has
             # to be as durable as the rest before anything is built on it, or flushed.
@@ -278,6 +279,7 @@ class _Guard:
         kept = AUTOCLEAR_BITMAPS if bitmaps.kept else 0
         self._autoclear = header.autoclear_features & kept
         self._prepared = self._autoclear == header.autoclear_features
+        commit.on_damage(self._mark_corrupt)
         self._lock = asyncio.Lock()
 
     async def prepare(self) -> None:
@@ -314,9 +316,8 @@ class _Guard:
             if references:
                 return references == 1
             problem = "is in use although its refcount says it is free"
-        await self._mark_corrupt()
-        raise ImageCorruptError(
-            f"{self._storage.name}: the cluster at {host_offset:#x} {problem}; "
+        raise self._pool.damaged(
+            f"the cluster at {host_offset:#x} {problem}; "
             "run 'nbdserve image check' on it"
         )
 
@@ -327,7 +328,8 @@ class _Guard:
         write is taken from now on; what was written before can be flushed and read.
         """
         if self._header.version >= 3:
-            features = self._header.incompatible_features | INCOMPATIBLE_CORRUPT
+            word = bytearray(8)
+            await self._storage.read(INCOMPATIBLE_OFFSET, memoryview(word))
+            features = int.from_bytes(word, "big") | INCOMPATIBLE_CORRUPT
             await self._storage.write(INCOMPATIBLE_OFFSET, encode_u64(features))
             await self._commit.barrier()
-        self._commit.refusal = "its metadata contradict themselves"

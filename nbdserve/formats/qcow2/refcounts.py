@@ -20,7 +20,7 @@ from errno import EFBIG
 from operator import add
 from typing import Final
 
-from nbdserve.errors import ImageCorruptError, ImageError
+from nbdserve.errors import ImageError
 from nbdserve.formats.mapped.pool import Durability, Pool, Written
 from nbdserve.formats.mapped.tables import decode_words, encode_words
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts
@@ -127,8 +127,8 @@ class RefcountedPool(Pool):
             or host_offset & self._cluster_size - 1
             or host_offset >= self._storage.size
         ):
-            raise ImageCorruptError(
-                f"{self._storage.name}: entry {number} of the refcount table "
+            raise self.damaged(
+                f"entry {number} of the refcount table "
                 f"({host_offset:#x}) is not the place of a refcount block; "
                 "run 'nbdserve image check' on it"
             )
@@ -141,9 +141,7 @@ class RefcountedPool(Pool):
     async def _existing(self, number: int) -> Block:
         block = await self._block(number)
         if block is None:
-            raise ImageCorruptError(
-                f"{self._storage.name}: refcount block {number} is missing"
-            )
+            raise self.damaged(f"refcount block {number} is missing")
         return block
 
     def _keep(self, number: int, block: Block) -> Block:
@@ -260,9 +258,7 @@ class RefcountedPool(Pool):
                     if not value and old[index]:
                         _append(free, base + index)
             await self._write_blocks(self._touched())
-            for run in free:
-                await self._zero(*run)
-                self._keep_free(*run)
+            await self._reuse(free)
 
     def _touched(self) -> list[int]:
         return [number for number, block in self._blocks.items() if not block.clean]
@@ -322,8 +318,8 @@ class RefcountedPool(Pool):
             and not any(block.counts(first, length))
         ):
             return
-        raise ImageCorruptError(
-            f"{self._storage.name}: one of the {length} clusters at "
+        raise self.damaged(
+            f"one of the {length} clusters at "
             f"{start << self._cluster_bits:#x} is in use although its refcount says it "
             "is free; run 'nbdserve image check' on it"
         )
@@ -464,9 +460,7 @@ class RefcountedPool(Pool):
         self._adopt(blocks)
         self.metadata.update(range(start, start + count))
         self.metadata.difference_update(range(old_start, old_start + old_count))
-        for run in await self._unreserve([(old_start, old_count)]):
-            await self._zero(*run)
-            self._keep_free(*run)
+        await self._reuse(await self._unreserve([(old_start, old_count)]))
 
     async def _name_table(self, offset: int, entries: int) -> None:
         """Let the header say where the refcount table is, durably."""
@@ -488,25 +482,33 @@ class RefcountedPool(Pool):
         """See `Pool`."""
         free: list[tuple[int, int]] = []
         touched: dict[int, None] = {}
+        changed: list[tuple[int, Block, int, list[int]]] = []
         counted = 0
-        for start, clusters in runs:
-            for number, first, length in self._split(start, clusters):
-                block = await self._block(number)
-                if block is None:
-                    continue
-                touched[number] = None
-                base = number << self._block_bits
-                counts = block.counts(first, length)
-                # a count of 0 was wrong already: leave it to the check
-                block.put_counts(first, [max(count - 1, 0) for count in counts])
-                for index, count in enumerate(counts, first):
-                    if count == 1:
-                        _append(free, base + index)
-                counted += length
-                if counted > _TURN:
-                    counted = 0
-                    await asyncio.sleep(0)
-        await self._write_blocks(list(touched))
+        try:
+            for start, clusters in runs:
+                for number, first, length in self._split(start, clusters):
+                    block = await self._block(number)
+                    if block is None:
+                        continue
+                    touched[number] = None
+                    base = number << self._block_bits
+                    counts = list(block.counts(first, length))
+                    changed.append((number, block, first, counts))
+                    # a count of 0 was wrong already: leave it to the check
+                    block.put_counts(first, [max(count - 1, 0) for count in counts])
+                    for index, count in enumerate(counts, first):
+                        if count == 1:
+                            _append(free, base + index)
+                    counted += length
+                    if counted > _TURN:
+                        counted = 0
+                        await asyncio.sleep(0)
+            await self._write_blocks(list(touched))
+        except BaseException:
+            # all of it is tried again, or none
+            for number, block, first, counts in reversed(changed):
+                self._blocks.setdefault(number, block).put_counts(first, counts)
+            raise
         return free
 
     # -- searching

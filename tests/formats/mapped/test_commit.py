@@ -7,12 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.commit import Committer, Freed
 from nbdserve.formats.mapped.entries import OWNED, UNALLOCATED, UNPUBLISHED, ZERO
 from nbdserve.formats.mapped.redo import RedoLog, read_leftover
 from nbdserve.formats.mapped.tables import Table
 from nbdserve.formats.mapped.waits import Pins
-from nbdserve.storage.faults import Fault, FaultyStorage, RecordingStorage
+from nbdserve.storage.faults import NO_FAULT, Fault, FaultyStorage, RecordingStorage
 from nbdserve.storage.memory import MemoryStorage
 from tests.helpers.engine import u64
 
@@ -341,6 +342,115 @@ async def test_what_may_or_may_not_be_in_the_file_is_not_logged(tmp_path: Path) 
     await bench.commit.close()
     assert bench.in_file(5) == NEWER
     log.close(remove=True)
+
+
+# -- step C that fails
+
+
+async def test_what_could_not_be_given_back_is_given_back_with_the_next_commit() -> (
+    None
+):
+    bench = Bench()
+    failing = True
+
+    async def release(freed: list[Freed]) -> None:
+        if failing:
+            raise OSError(errno.EIO, "a refcount block can't be read")
+        bench.released += freed
+
+    bench.commit.on_release(release)
+    bench.commit.free(0x5000, 0x1000)
+    await bench.commit.settle()
+    assert bench.released == []
+    bench.commit.free(0x9000, 0x1000)
+    failing = False
+    await bench.commit.settle()
+    assert sorted(bench.released) == [(0x5000, 0x1000), (0x9000, 0x1000)]
+    await bench.commit.close()
+
+
+async def test_what_stays_leaked_is_said_when_closing() -> None:
+    bench = Bench()
+
+    async def release(freed: list[Freed]) -> None:
+        raise OSError(errno.EIO, "a refcount block can't be read")
+
+    bench.commit.on_release(release)
+    bench.commit.free(0x5000, 0x1000)
+    await bench.commit.settle()
+    with pytest.raises(OSError, match="can't be read"):
+        await bench.commit.close()
+
+
+async def test_refcounts_that_can_not_be_changed_are_damage() -> None:
+    bench = Bench()
+    marked = 0
+
+    async def mark() -> None:
+        nonlocal marked
+        marked += 1
+
+    async def release(freed: list[Freed]) -> None:
+        raise ImageCorruptError("a refcount block is nowhere")
+
+    bench.commit.on_damage(mark)
+    bench.commit.on_release(release)
+    bench.commit.free(0x5000, 0x1000)
+    await bench.commit.settle()
+    with pytest.raises(ImageCorruptError, match="until it is repaired"):
+        bench.commit.check_writable()
+    await bench.commit.close()
+    assert marked == 1
+
+
+# -- memory
+
+
+def tables(count: int) -> list[Table]:
+    return [Table.empty(number, (number + 1) * TABLE, 64) for number in range(count)]
+
+
+async def test_held_words_keep_only_so_many_tables_in_memory() -> None:
+    """One word in each of many tables: they can't leave the cache before a commit."""
+    one = 64 * 9
+    memory = MemoryStorage(bytes(400 * TABLE))
+    storage = FaultyStorage(memory)
+    storage.suspending = True
+    limit = 10 * one
+    commit = Committer(
+        storage, Pins(), interval_s=1000.0, writethrough=False, table_bytes=limit
+    )
+    used = tables(300)
+    most = 0
+
+    async def hold(table: Table) -> None:
+        nonlocal most
+        await commit.change(table, 7, words(NEW), OWNED, hold=True)
+        most = max(most, sum(one for each in used if each.users))
+
+    await asyncio.gather(*map(hold, used))
+    assert most <= 2 * limit + one
+    await commit.close()
+    assert not any(each.users or each.held for each in used)
+    assert all(u64(memory.content(), each.host_offset + 8 * 7) == NEW for each in used)
+
+
+async def test_a_commit_that_fails_keeps_count_of_who_holds_what() -> None:
+    bench = Bench()
+    bench.storage.suspending = True
+    await bench.change(1, NEW, hold=True)
+    await bench.change(2, NEW, hold=True)
+    bench.fail("write", error=errno.ENOSPC)
+    flush = asyncio.create_task(bench.commit.flush())
+    await turn()
+    with pytest.raises(OSError, match="No space"):
+        await flush
+    await bench.commit.change(bench.table, 1, words(1), ZERO, hold=True)
+    bench.storage.fault = NO_FAULT
+    await bench.commit.flush()
+    assert bench.table.users == bench.table.held == 0
+    assert (bench.in_file(1), bench.in_file(2)) == (1, NEW)
+    await bench.commit.close()
 
 
 async def test_an_empty_table_maps_nothing() -> None:

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 
 from nbdserve.errors import ImageCorruptError
-from nbdserve.formats.mapped.commit import Committer
+from nbdserve.formats.mapped import pool as pool_module
+from nbdserve.formats.mapped.commit import Committer, Freed
 from nbdserve.formats.mapped.opening import EngineOptions
 from nbdserve.formats.mapped.pool import Durability, Pool, Written
 from nbdserve.formats.mapped.waits import Pins
 from nbdserve.storage.base import Storage
-from nbdserve.storage.faults import Fault, FaultyStorage, RecordingStorage
+from nbdserve.storage.faults import NO_FAULT, Fault, FaultyStorage, RecordingStorage
 from nbdserve.storage.memory import MemoryStorage
 from tests.helpers.engine import OFFSET, convert, l2_entry_of, make, open_bytes, u64
 
@@ -344,3 +345,40 @@ async def test_a_clean_close_leaves_an_image_as_small_as_its_data(
     assert disk.memory.size > 4 << 20
     await disk.image.close()
     assert disk.memory.size == 6 * 65536
+
+
+# -- giving back, with a disk that fails
+
+
+@pytest.mark.parametrize("kind", ["zero", "write", "read"])
+@pytest.mark.parametrize("fmt", ["qcow", "qcow2"])
+async def test_nothing_is_leaked_by_a_disk_that_fails_for_a_while(
+    tmp_path: Path, fmt: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Step C fails; what was freed is given back once the disk works again."""
+    monkeypatch.setattr(pool_module, "_FIRST", 1 << 16)
+    content = random.Random(5).randbytes(1 << 20)
+    path = convert(tmp_path, content, fmt=fmt)
+    disk = await open_bytes(tmp_path, path.read_bytes(), fmt=fmt)
+    disk.model[:] = content
+    await disk.write(0, b"the tables are in memory now")
+    await disk.image.trim(0, 1 << 19)
+    disk.model[: 1 << 19] = bytes(1 << 19)
+    release = disk.image._space.pool.release  # type: ignore[union-attr]
+
+    async def failing(freed: list[Freed]) -> None:
+        disk.storage.fault = Fault(at=disk.storage.calls, kinds=frozenset({kind}))
+        try:
+            await release(freed)
+        finally:
+            disk.storage.fault = NO_FAULT
+
+    disk.image._space.commit.on_release(failing)  # type: ignore[union-attr]
+    await disk.image._space.commit.settle()  # type: ignore[union-attr]
+    await disk.assert_content()
+    disk.image._space.commit.on_release(release)  # type: ignore[union-attr]
+    for offset in range(0, 1 << 20, 1 << 16):
+        await disk.write(offset + 100, b"again" * 1000)
+    await disk.image.flush()
+    await disk.assert_content()
+    await disk.close_and_check()
