@@ -268,13 +268,13 @@ def _subjects(name: str, identity: str) -> tuple[str, str]:
     GnuTLS writes it as it stands in the certificate, which begins with the country or
     the organisation; RFC 4514, and rules of this server, begin with the common name.
     """
-    if "=" not in identity or "\\" in identity:
+    parts = re.findall(r"(?:\\.|[^,\\])+", identity)  # a comma may be escaped
+    if "=" not in identity or ",".join(parts) != identity:
         raise ConfigError(
             f"the authorization {name!r}: identity={identity} is no distinguished"
-            " name such as CN=client,,O=Example, or has escaped characters, which are"
-            " not supported"
+            " name such as CN=client,,O=Example"
         )
-    return identity, ",".join(reversed(identity.split(",")))
+    return identity, ",".join(reversed(parts))
 
 
 _OBJECT_OPTIONS = {

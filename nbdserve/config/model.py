@@ -3,6 +3,7 @@
 The command line and the configuration file fill these in. Whatever can be judged without touching the machine is judged here, once.
 """
 
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -46,6 +47,12 @@ def _judge_path(path: str, text: str) -> None:
         raise ConfigError(f"{text!r} names no image: write NAME=PATH or PATH")
 
 
+def _require_once(option: str, places: list[str]) -> None:
+    for place in places:
+        if places.count(place) > 1:
+            raise ConfigError(f"{option} {place} is given twice")
+
+
 def parse_mode(text: str) -> int:
     """Read permissions such as 0660.
 
@@ -63,6 +70,11 @@ class TcpAddress:
 
     host: str
     port: int
+
+    def __str__(self) -> str:
+        """Return it as operators write it."""
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        return f"{host}:{self.port}"
 
     @classmethod
     def parse(cls, text: str) -> "TcpAddress":
@@ -96,6 +108,10 @@ class VsockAddress:
 
     cid: int | None
     port: int
+
+    def __str__(self) -> str:
+        """Return it as operators write it."""
+        return f"{self.port}" if self.cid is None else f"{self.cid}:{self.port}"
 
     @classmethod
     def parse(cls, text: str) -> "VsockAddress":
@@ -263,6 +279,13 @@ class ServeConfig:
         self._judge_create()
         if self.stdio and (self.listen or self.unix or self.vsock):
             raise ConfigError("--stdio serves one client and listens nowhere")
+        self._judge_places()
+
+    def _judge_places(self) -> None:
+        # the kernel would say that another server is there
+        _require_once("--listen", [str(each) for each in self.listen if each.port])
+        _require_once("--unix", [os.path.normpath(path) for path in self.unix])
+        _require_once("--vsock", [str(each) for each in self.vsock])
         for path in self.unix:
             if len(path.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_LENGTH:
                 raise ConfigError(

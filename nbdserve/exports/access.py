@@ -118,8 +118,10 @@ def _uid(user: str | int) -> int:
 
 
 def _is_for(rule: AccessRule, client: Client) -> bool:
-    if rule.certificates and not {client.common_name, client.subject}.intersection(
-        rule.certificates
+    if rule.certificates and not any(
+        # a common name must not pass for a whole subject
+        name == (client.subject if "=" in name else client.common_name)
+        for name in rule.certificates
     ):
         return False
     if rule.psk_users and client.psk_user not in rule.psk_users:

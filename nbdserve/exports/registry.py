@@ -28,6 +28,11 @@ class Registry:
         del self._exports[export.name]
         export.retired = True
 
+    @property
+    def has_tls_only(self) -> bool:
+        """Whether some export exists for encrypted connections only."""
+        return any(export.policy.tls_only for export in self._exports.values())
+
     def visible_to(self, client: Client) -> list[Export]:
         """Return the exports that a client may use, in the order they were added."""
         return [

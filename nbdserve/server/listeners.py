@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import socket
 import stat
 from dataclasses import dataclass
@@ -213,8 +214,10 @@ def activated_listeners() -> list[Listener]:
         ConfigError: One of them is not a listening stream socket.
     """
     count = os.environ.get("LISTEN_FDS", "")
-    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count.isdigit():
+    if os.environ.get("LISTEN_PID") != str(os.getpid()) or not count:
         return []
+    if not re.fullmatch("[0-9]{1,4}", count):
+        raise ConfigError(f"LISTEN_FDS={count!r} is not a number of sockets")
     # not for our children
     for name in ("LISTEN_PID", "LISTEN_FDS", "LISTEN_FDNAMES"):
         os.environ.pop(name, None)

@@ -98,7 +98,17 @@ def _answer(
     export = registry.find(ask.name, client)
     if export is None:
         name = ask.name or "(the default export)"
-        handshake.refuse(OptionReply.ERR_UNKNOWN, f"there is no export {name!r}")
+        if (
+            isinstance(ask, ExportAsked)
+            and handshake.tls_would_help
+            and (registry.has_tls_only)
+        ):
+            # "SELECTIVETLS mode": so for a TLS-only export, and allowed for one that
+            # does not exist; only so are they not told apart
+            text = f"there is no export {name!r} without TLS"
+            handshake.refuse(OptionReply.ERR_TLS_REQD, text)
+        else:
+            handshake.refuse(OptionReply.ERR_UNKNOWN, f"there is no export {name!r}")
         return None
     read_only = export.policy.access_of(client) is Access.READ_ONLY
     if isinstance(ask, ExportAsked):

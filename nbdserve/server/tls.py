@@ -5,6 +5,7 @@ methods of a non-blocking socket that the rest of the server uses, with the same
 """
 
 import asyncio
+import re
 import socket
 import ssl
 from collections.abc import Sequence
@@ -292,9 +293,19 @@ def certificate_names(sock: ssl.SSLSocket) -> tuple[str | None, str | None]:
     names = [value for kind, value in pairs if kind == "commonName"]
     # the most specific part first, as people write it (RFC 4514)
     subject = ",".join(
-        f"{_SHORT.get(kind, kind)}={value}" for kind, value in reversed(pairs)
+        f"{_SHORT.get(kind, kind)}={_escaped(value)}" for kind, value in reversed(pairs)
     )
     return (names[-1] if names else None), subject
+
+
+def _escaped(value: str) -> str:
+    """Return a value as RFC 4514, 2.4 writes it, so that it can't look like two."""
+    text = re.sub(r'([,+"\\<>;])', r"\\\1", value).replace("\0", "\\00")
+    if text.startswith((" ", "#")):
+        text = f"\\{text}"
+    if value.endswith(" ") and len(value) > 1:
+        text = f"{text[:-1]}\\ "
+    return text
 
 
 _SHORT: Final = {

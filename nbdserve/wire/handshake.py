@@ -249,6 +249,11 @@ class ServerHandshake:
             ask = self._open_ask()
         return ask
 
+    @property
+    def tls_would_help(self) -> bool:
+        """Whether the client may encrypt, and has not done so."""
+        return self._tls is TlsMode.ALLOWED and not self.tls_active
+
     def shut_down(self) -> None:
         """From now on answer ERR_SHUTDOWN to every option but ABORT."""
         self._shutting_down = True

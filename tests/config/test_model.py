@@ -1,10 +1,11 @@
 """What can be judged before anything is opened, is."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 
-from nbdserve.config.model import ImageConfig, ServeConfig, TcpAddress
+from nbdserve.config.model import ImageConfig, ServeConfig, TcpAddress, VsockAddress
 from nbdserve.errors import ConfigError
 
 
@@ -105,3 +106,21 @@ def test_bitmaps_have_names_of_their_own() -> None:
     for names in [("",), ("a", "a"), ("x" * 4096,), ("nul\0",)]:
         with pytest.raises(ConfigError, match="bitmap"):
             ImageConfig("disk", "disk.qcow2", bitmaps=names)
+
+
+@pytest.mark.parametrize(
+    ("places", "named"),
+    [
+        ({"listen": (TcpAddress("::1", 10809),) * 2}, r"--listen \[::1\]:10809"),
+        ({"unix": ("/run/a", "/run/./a")}, "--unix /run/a"),
+        ({"vsock": (VsockAddress(None, 7), VsockAddress(None, 7))}, "--vsock 7"),
+    ],
+)
+def test_a_place_is_given_once(places: dict[str, Any], named: str) -> None:
+    with pytest.raises(ConfigError, match=f"^{named} is given twice$"):
+        ServeConfig(images=(ImageConfig("a", "a"),), **places)
+
+
+def test_several_free_ports_are_no_repetition() -> None:
+    anywhere = TcpAddress("127.0.0.1", 0)
+    ServeConfig(images=(ImageConfig("a", "a"),), listen=(anywhere, anywhere))

@@ -63,3 +63,13 @@ def test_an_export_for_encrypted_connections_only() -> None:
 def test_mapped_addresses_are_what_they_stand_for() -> None:
     assert client_address("::ffff:10.1.2.3") == IPv4Address("10.1.2.3")
     assert client_address("fe80::1%eth0") == ip_address("fe80::1")
+
+
+def test_a_common_name_does_not_pass_for_a_subject() -> None:
+    policy = Policy.of([AccessRule("read-write", certificates=("CN=backup,O=Us",))])
+    honest = Client(tls=True, common_name="backup", subject="CN=backup,O=Us")
+    sly = Client(
+        tls=True, common_name="CN=backup,O=Us", subject="CN=CN=backup\\,O=Us,O=They"
+    )
+    assert policy.access_of(honest) is Access.READ_WRITE
+    assert policy.access_of(sly) is Access.NONE

@@ -27,7 +27,7 @@ START_TIMEOUT_S = 30.0
 STOP_TIMEOUT_S = 20.0
 POLL_INTERVAL_S = 0.01
 
-_TCP_URI = re.compile(r"nbd://127\.0\.0\.1:(\d+)")
+_TCP_URI = re.compile(r"nbds?://127\.0\.0\.1:(\d+)")
 _COMPLAINTS = ("Traceback", "Exception ignored", "never awaited")
 
 

@@ -95,6 +95,13 @@ def test_sockets_for_another_process_are_not_ours(
     assert activated_listeners() == []
 
 
+def test_a_number_of_sockets_that_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LISTEN_FDS", "x")
+    monkeypatch.setenv("LISTEN_PID", str(os.getpid()))
+    with pytest.raises(ConfigError, match=r"^LISTEN_FDS='x' is not a number"):
+        activated_listeners()
+
+
 _ACTIVATED = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)

@@ -23,8 +23,8 @@ from nbdserve.exports.registry import Registry
 from nbdserve.server.limits import Limits
 from nbdserve.server.listeners import listen_unix
 from nbdserve.server.server import Server
-from nbdserve.server.tls import TlsCredentials
-from nbdserve.wire.client_handshake import OptionRefused
+from nbdserve.server.tls import TlsCredentials, certificate_names
+from nbdserve.wire.client_handshake import OptionRefused, info_data
 from nbdserve.wire.constants import Option, OptionReply, TransmissionFlag
 from tests.helpers.certificates import Certificates, make_certificates
 from tests.helpers.nbd_client import NbdClient
@@ -292,6 +292,38 @@ async def test_tls_forgets_what_was_negotiated_in_plain_text(
         assert await client.list_exports() == [("disk", "")]
 
 
+async def test_what_needs_tls_and_what_is_missing_are_the_same_without_it(
+    tmp_path: Path, certificates: Certificates
+) -> None:
+    config = TlsConfig.build(mode="allow", certificates=str(certificates.server))
+    async with encrypted(tmp_path / "s", config) as running:
+        secret = Export("secret", MemoryDisk(512))
+        running.registry.add(secret)
+        plain = await running.clients.enter_async_context(
+            await NbdClient.connect_unix(running.path)
+        )
+
+        async def refusal(name: str, option: Option) -> tuple[int, str]:
+            with pytest.raises(OptionRefused) as refused:
+                await plain.option(option, info_data(name))
+            return refused.value.reply, str(refused.value).replace(name, "")
+
+        with pytest.raises(OptionRefused) as refused:
+            await plain.info("absent")
+        assert refused.value.reply == OptionReply.ERR_UNKNOWN  # TLS is of no use here
+        secret.policy = Policy.of([], tls_only=True)
+        for option in (Option.INFO, Option.GO):
+            hidden = await refusal("secret", option)
+            assert hidden[0] == OptionReply.ERR_TLS_REQD
+            assert hidden == await refusal("absent", option)
+        assert await plain.list_exports() == [("disk", "")]
+        client = await running.client(certificates.clients["nobody"])
+        assert (await client.info("secret")).size == 512
+        with pytest.raises(OptionRefused) as refused:
+            await client.info("absent")
+        assert refused.value.reply == OptionReply.ERR_UNKNOWN
+
+
 async def test_without_tls_starttls_is_refused(tmp_path: Path) -> None:
     async with encrypted(tmp_path / "s", TlsConfig()) as running:
         plain = await running.clients.enter_async_context(
@@ -445,6 +477,25 @@ async def test_a_client_is_who_its_certificate_says(
     await verified.server.recheck(verified.export)
     await bob.wait_closed()
     await alice.write(0, b"still here")
+
+
+@pytest.mark.parametrize(
+    ("organisation", "shown"),
+    [
+        ("Us, Inc.", "CN=a,O=Us\\, Inc."),
+        ("x,CN=root", "CN=a,O=x\\,CN=root"),
+        (" #+ ", "CN=a,O=\\ #\\+\\ "),
+        ("#1", "CN=a,O=\\#1"),
+        ('\\"<>;', 'CN=a,O=\\\\\\"\\<\\>\\;'),
+    ],
+)
+def test_names_in_certificates_are_escaped(organisation: str, shown: str) -> None:
+    class Verified:
+        def getpeercert(self) -> dict[str, Any]:
+            parts = (("organizationName", organisation),), (("commonName", "a"),)
+            return {"subject": parts}
+
+    assert certificate_names(Verified()) == ("a", shown)  # type: ignore[arg-type]
 
 
 async def test_rules_for_the_address_need_the_address(
