@@ -12,8 +12,9 @@ import resource
 import signal
 import socket
 import stat
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import structlog
 import uvloop
@@ -23,9 +24,11 @@ from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.access import Policy
 from nbdserve.exports.export import Export
+from nbdserve.exports.late import LateExport
 from nbdserve.exports.registry import Registry
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
+from nbdserve.server.channel import Begin
 from nbdserve.server.kernel import KernelDevice
 from nbdserve.server.limits import Limits, changed
 from nbdserve.server.listeners import (
@@ -39,16 +42,20 @@ from nbdserve.server.listeners import (
 from nbdserve.server.notify import notify_ready, notify_reloading
 from nbdserve.server.server import Server
 from nbdserve.server.tls import TlsCredentials
+from nbdserve.server.workers import Crew, Front
 from nbdserve.storage.names import shown
+
+#: Makes the export of an image for a folder of redo records.
+Offer = Callable[[ImageConfig, Policy, str | None], Awaitable[Export]]
 
 
 @dataclass(frozen=True, slots=True)
 class ServedImage:
-    """An open export, as the operator is told about it."""
+    """An export, as the operator is told about it; no size if it is not open yet."""
 
     name: str
     path: str
-    size: int
+    size: int | None
     read_only: bool
 
 
@@ -139,51 +146,61 @@ async def _serve(  # noqa: PLR0913
 ) -> None:
     stop = asyncio.Event()
     _stop_on_signals(stop)
-    registry = await _open_exports(config)
-    if stop.is_set():
-        await _close(registry)
-        return
-    if not made:
-        _note_another_size(config, registry)
-    server = Server(
-        registry,
-        listeners,
-        parts.limits,
-        parts.credentials,
-        at_once=config.at_once,
+    async with _workers(config, parts) as crew:
+        offer = partial(_offer, crew, late=config.open == "use")
+        registry = await _open_exports(config, offer)
+        if stop.is_set():
+            await _close(registry)
+            return
+        if not made:
+            _note_another_size(config, registry)
+        server = (Server if crew is None else Front)(
+            registry,
+            listeners,
+            parts.limits,
+            parts.credentials,
+            at_once=config.at_once,
+        )
+        if not config.persistent:
+            server.on_last_client_gone = stop.set
+        if config.at_once == 1:
+            for export in registry:
+                export.multi_conn = False
+        reload = Reload(config, parts.reread, server, parts.credentials, offer)
+        reload.on_hangup()
+        server.start()
+        device = None if config.device is None else KernelDevice(server, config.device)
+        try:
+            if device is not None:
+                await device.attach(config.images[0].name)
+            required = config.tls.mode == "require"
+            images = _served(config.images, registry)
+            announce(Serving(images, tuple(server.endpoints), quiet, required))
+        except BaseException:
+            await server.shut_down()
+            if device is not None:
+                await device.detach()
+            raise
+        if client is not None:
+            only = server.welcome(client, client.getpeername())
+            only.add_done_callback(lambda _: stop.set())
+        try:
+            await server.serve_until(stop)
+        finally:
+            if device is not None:
+                await device.detach()  # with everything in flight answered
+        await reload.ended()
+
+
+def _served(
+    images: Sequence[ImageConfig], registry: Registry
+) -> tuple[ServedImage, ...]:
+    return tuple(
+        ServedImage(
+            image.name, image.path, export.size, _reads_only(image) or export.read_only
+        )
+        for image, export in zip(images, registry, strict=True)
     )
-    if not config.persistent:
-        server.on_last_client_gone = stop.set
-    if config.at_once == 1:
-        for export in registry:
-            export.multi_conn = False
-    reload = Reload(config, parts.reread, server, parts.credentials)
-    reload.on_hangup()
-    server.start()
-    images = tuple(
-        ServedImage(image.name, image.path, export.device.size, export.device.read_only)
-        for image, export in zip(config.images, registry, strict=True)
-    )
-    device = None if config.device is None else KernelDevice(server, config.device)
-    try:
-        if device is not None:
-            await device.attach(config.images[0].name)
-        required = config.tls.mode == "require"
-        announce(Serving(images, tuple(server.endpoints), quiet, required))
-    except BaseException:
-        await server.shut_down()
-        if device is not None:
-            await device.detach()
-        raise
-    if client is not None:
-        only = server.welcome(client, client.getpeername())
-        only.add_done_callback(lambda _: stop.set())
-    try:
-        await server.serve_until(stop)
-    finally:
-        if device is not None:
-            await device.detach()  # with everything in flight answered
-    await reload.ended()
 
 
 def _stdin_client() -> socket.socket:
@@ -256,16 +273,74 @@ def _create(config: ServeConfig) -> bool:
 def _note_another_size(config: ServeConfig, registry: Registry) -> None:
     """Say so where `--create` found an image of another size."""
     for export in registry:
-        if config.create_size not in {None, export.device.size}:
+        if config.create_size is not None and export.size not in {
+            None,
+            config.create_size,
+        }:
             structlog.get_logger().warning(
                 "the image exists with another size and is left as it is",
                 image=shown(config.images[0].path),
-                size=export.device.size,
+                size=export.size,
                 create=config.create_size,
             )
 
 
-async def _open_exports(config: ServeConfig) -> Registry:
+@contextlib.asynccontextmanager
+async def _workers(config: ServeConfig, parts: _Parts) -> AsyncIterator[Crew | None]:
+    """Have the processes that serve, if it is not this one.
+
+    Raises:
+        ConfigError: They can't be started.
+    """
+    if config.workers == 1:
+        yield None
+        return
+    state_dir = _state_dir(config, os.environ)
+    begin = Begin(parts.limits, state_dir, config.log_format, config.log_level)
+    crew = Crew(config.workers, begin)
+    try:
+        await crew.start()
+    except OSError as error:
+        raise ConfigError(f"--workers: can't start them: {error.strerror}") from error
+    try:
+        yield crew
+    finally:
+        await crew.stop(parts.limits.close_timeout_s)
+
+
+async def _offer(
+    crew: Crew | None,
+    image: ImageConfig,
+    policy: Policy,
+    state_dir: str | None,
+    *,
+    late: bool,
+) -> Export:
+    """Make the export of an image, which is opened here, in a worker, or later.
+
+    Raises:
+        ConfigError: Its path can't be opened.
+        ImageError: It can't be used.
+    """
+    if crew is not None:
+        export: Export = crew.export(
+            image.name, image.description, image, shared=_reads_only(image)
+        )
+    elif late:
+        export = LateExport(
+            image.name,
+            image.description,
+            partial(open_export, image, policy, state_dir),
+        )
+    else:
+        return await open_export(image, policy, state_dir)
+    export.policy = policy
+    if not late:
+        await export.ready()
+    return export
+
+
+async def _open_exports(config: ServeConfig, offer: Offer) -> Registry:
     """Open every image, or none.
 
     Raises:
@@ -278,7 +353,7 @@ async def _open_exports(config: ServeConfig) -> Registry:
     try:
         for image in config.images:
             policy = _policy(image)
-            registry.add(await _open(image, policy, state_dir))
+            registry.add(await offer(image, policy, state_dir))
     except BaseException:
         await _close(registry)
         raise
@@ -319,7 +394,9 @@ def _policy(image: ImageConfig) -> Policy:
     return Policy.of(image.access, tls_only=image.tls_only)
 
 
-async def _open(image: ImageConfig, policy: Policy, state_dir: str | None) -> Export:
+async def open_export(
+    image: ImageConfig, policy: Policy, state_dir: str | None
+) -> Export:
     """Open one image.
 
     Raises:
@@ -358,7 +435,7 @@ async def _close(registry: Registry) -> None:
     """Close devices that nobody has used; the error that led here comes first."""
     for export in registry:
         try:
-            await export.device.close()
+            await export.close()
         except (OSError, ImageError) as error:
             structlog.get_logger().error(
                 "could not close an image cleanly",
@@ -453,7 +530,9 @@ class Reload:
         reread: Callable[[], ServeConfig],
         server: Server,
         credentials: TlsCredentials,
+        offer: Offer,
     ) -> None:
+        self._offer = offer
         self._config = config
         self._reread = reread
         self._server = server
@@ -514,7 +593,16 @@ class Reload:
         self._log.info("reloaded", exports=len(self._server.registry))
 
     def _warn_of_the_rest(self, config: ServeConfig) -> None:
-        for what in ("listen", "unix", "unix_mode", "vsock", "limits", "state_dir"):
+        for what in (
+            "listen",
+            "unix",
+            "unix_mode",
+            "vsock",
+            "limits",
+            "state_dir",
+            "workers",
+            "open",
+        ):
             if getattr(config, what) != getattr(self._config, what):
                 self._log.warning("changed at the next start only", what=what)
 
@@ -543,14 +631,14 @@ class Reload:
         self, image: ImageConfig, policy: Policy, state_dir: str | None
     ) -> None:
         try:
-            export = await _open(image, policy, state_dir)
+            export = await self._offer(image, policy, state_dir)
         except (ConfigError, ImageError, OSError) as error:
             self._log.error(
                 "could not open an image", export=image.name, error=str(error)
             )
             return
         if self._server.stopping:
-            await export.device.close()
+            await export.close()
             return
         self._server.registry.add(export)
         self._images[image.name] = image
@@ -566,7 +654,7 @@ async def _flush(registry: Registry) -> None:
     log = structlog.get_logger()
     for export in registry:
         try:
-            await export.device.flush()
+            await export.flush()
         except (OSError, ImageError) as error:
             # no traceback: the error names the disk, and that is where it lies
             log.error("could not flush", export=export.name, error=str(error))  # noqa: TRY400

@@ -44,7 +44,8 @@ def announcement(serving: Serving) -> str:
     tls = serving.tls_required
     for image in serving.images:
         access = "read-only" if image.read_only else "read-write"
-        lines.append(f"{shown(image.path)}, {format_size(image.size)}, {access}:")
+        size = "not open yet" if image.size is None else format_size(image.size)
+        lines.append(f"{shown(image.path)}, {size}, {access}:")
         lines += [
             f"  {_uri(endpoint, image.name, tls=tls)}" for endpoint in serving.endpoints
         ]

@@ -59,6 +59,20 @@ def define(parser: argparse.ArgumentParser) -> None:
     _define_tls_options(parser.add_argument_group("encryption"))
     group = parser.add_argument_group("images")
     _define_image_options(group)
+    group.add_argument(
+        "--open",
+        metavar="start|use",
+        type=one_of("start", "use"),
+        help="open images at the start, where a mistake is noticed at once, or when a"
+        " client first uses them, for thousands of images (default: start)",
+    )
+    parser.add_argument(
+        "--workers",
+        metavar="N",
+        type=judged(_workers),
+        help="serve by N processes on as many processors: each image is served by one,"
+        " read-only ones by all (default: 1)",
+    )
     group = parser.add_argument_group("limits")
     group.add_argument(
         "--limit",
@@ -277,6 +291,10 @@ def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
         create_size=arguments.create,
         state_dir=arguments.state_dir or file.state_dir,
         file=arguments.config,
+        workers=arguments.workers or file.workers or 1,
+        open=arguments.open or file.open or "start",
+        log_format=arguments.log_format,
+        log_level=arguments.log_level,
     )
 
 
@@ -312,6 +330,14 @@ def _file(path: str | None) -> "FileConfig":
     from nbdserve.server.limits import NAMES, Limits, changed
 
     return read_config(path, NAMES, lambda limit: changed(Limits(), [limit]))
+
+
+def _workers(text: str) -> int:
+    from nbdserve.config.model import MOST_WORKERS
+
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_WORKERS:
+        raise ConfigError(f"{text!r} is no number of processes: 1 to {MOST_WORKERS}")
+    return int(text)
 
 
 def _mode(text: str) -> int:

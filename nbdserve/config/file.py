@@ -8,16 +8,18 @@ import re
 import tomllib
 from collections.abc import Callable, Collection, Mapping, Sequence
 from difflib import get_close_matches
-from typing import Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import msgspec
 
 from nbdserve.config.access import AccessLevel, AccessRule, parse_network
 from nbdserve.config.model import (
+    MOST_WORKERS,
     CacheMode,
     FileConfig,
     ImageConfig,
     ImageFormat,
+    OpenMode,
     TcpAddress,
     VsockAddress,
     parse_mode,
@@ -77,6 +79,8 @@ class _File(_Strict):
     unix_mode: str | None = None
     vsock: list[str] = []
     state_dir: str | None = None
+    workers: Annotated[int, msgspec.Meta(ge=1, le=MOST_WORKERS)] | None = None
+    open: OpenMode | None = None
     tls: _Tls = msgspec.field(default_factory=_Tls)
     limits: dict[str, int | float | str] = {}
     export: list[_Export] = []
@@ -161,6 +165,8 @@ class _Reader:
             tls=self._tls(file.tls),
             limits=settings,
             state_dir=file.state_dir,
+            workers=file.workers,
+            open=file.open,
         )
 
     def _tls(self, tls: _Tls) -> dict[str, Any]:

@@ -16,6 +16,11 @@ from nbdserve.errors import ConfigError
 
 ImageFormat = Literal["raw", "qcow", "qcow2"]
 CacheMode = Literal["writeback", "writethrough"]
+OpenMode = Literal["start", "use"]
+LogFormat = Literal["console", "json"]
+
+#: More than any machine has processors.
+MOST_WORKERS = 1024
 
 #: https://www.iana.org/assignments/service-names-port-numbers: nbd 10809/tcp.
 DEFAULT_PORT = 10809
@@ -218,6 +223,8 @@ class FileConfig:
         tls: The arguments of `TlsConfig.build` that it gives.
         limits: Names and values of what is not to be the default.
         state_dir: Where redo records go.
+        workers: How many processes serve.
+        open: When images are opened; None leaves it to the command line.
     """
 
     images: tuple[ImageConfig, ...] = ()
@@ -228,6 +235,8 @@ class FileConfig:
     tls: Mapping[str, Any] = field(default_factory=dict)
     limits: tuple[tuple[str, str], ...] = ()
     state_dir: str | None = None
+    workers: int | None = None
+    open: OpenMode | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,6 +260,11 @@ class ServeConfig:
         at_once: Connections served at a time, others wait; None for no such limit.
         device: N of this machine's /dev/nbdN to attach the only image to, instead of
             listening at a default place.
+        workers: How many processes serve; 1 is this one.
+        open: When images are opened: at the start, where a mistake is noticed, or
+            when the first client uses them.
+        log_format: How logs of workers look.
+        log_level: What is in them.
     """
 
     images: tuple[ImageConfig, ...]
@@ -268,6 +282,10 @@ class ServeConfig:
     persistent: bool = True
     at_once: int | None = None
     device: int | None = None
+    workers: int = 1
+    open: OpenMode = "start"
+    log_format: LogFormat = "console"
+    log_level: str = "info"
 
     def __post_init__(self) -> None:
         """Refuse what contradicts itself.
@@ -277,6 +295,10 @@ class ServeConfig:
         """
         self._judge_names()
         self._judge_create()
+        if not 1 <= self.workers <= MOST_WORKERS:
+            raise ConfigError(f"--workers {self.workers}: from 1 to {MOST_WORKERS}")
+        if self.stdio and self.workers > 1:
+            raise ConfigError("--stdio serves one client: --workers makes no sense")
         if self.stdio and (self.listen or self.unix or self.vsock):
             raise ConfigError("--stdio serves one client and listens nowhere")
         self._judge_places()

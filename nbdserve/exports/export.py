@@ -57,6 +57,47 @@ class Export:
         )
         self.clients = 0
 
+    @property
+    def is_open(self) -> bool:
+        """Whether there is a disk in this process; otherwise `device` can't be used."""
+        return True
+
+    @property
+    def size(self) -> int | None:
+        """Bytes, if it is known yet."""
+        return self.device.size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it is known that nobody can write."""
+        return self.device.read_only
+
+    async def ready(self) -> None:
+        """Make sure that `info` can be told, and clients be served.
+
+        Raises:
+            ConfigError: The image's path can't be opened.
+            ImageError: It can't be used.
+        """
+
+    async def flush(self) -> None:
+        """Make everything durable that was written.
+
+        Raises:
+            OSError: It is not.
+            ImageError: The same, found by the engine.
+        """
+        await self.device.flush()
+
+    async def close(self) -> None:
+        """Close the disk, once nobody uses it any more.
+
+        Raises:
+            OSError: Something could not be made durable.
+            ImageError: The same, found by the engine.
+        """
+        await self.device.close()
+
     def transmission_flags(self, *, read_only: bool = False) -> TransmissionFlag:
         """Return what a client can do ("Transmission flags" of doc/proto.md).
 

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from time import perf_counter
 from typing import Final
 
@@ -149,6 +149,16 @@ class Connection:
         self._shutting_down = False
         self.blame: ProtocolError | None = None
         self.closed: asyncio.Future[str] = loop.create_future()
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests wait."""
+        return self.session.in_flight
+
+    @property
+    def story(self) -> dict[str, int]:
+        """What was done, by name."""
+        return asdict(self.session.counters)
 
     def start(self, leftover: bytes) -> None:
         """Begin with what came behind the handshake."""

@@ -42,11 +42,39 @@ class Line:
         self, loop: asyncio.AbstractEventLoop, sock: socket.socket, address: Any
     ) -> None:
         """Take over a socket; `address` as accept() returned it."""
+        client, peer = _identify(sock, address)
+        self._begin(loop, sock, client, peer)
+
+    def _begin(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        client: Client,
+        peer: str,
+    ) -> None:
+        self.client, self.peer = client, peer
         self._loop = loop
         self._plain = sock
         self.sock: ByteStream = sock
-        self.client, self.peer = _identify(sock, address)
         self.security: dict[str, str] = {}
+
+    @classmethod
+    def handed_over(
+        cls,
+        loop: asyncio.AbstractEventLoop,
+        sock: socket.socket,
+        client: Client,
+        peer: str,
+    ) -> "Line":
+        """Take over a socket from a process that knows the client."""
+        line = cls.__new__(cls)
+        line._begin(loop, sock, client, peer)  # noqa: SLF001 -- another __init__
+        return line
+
+    @property
+    def plain(self) -> socket.socket | None:
+        """The socket if it is not encrypted, and so can be handed over."""
+        return self._plain if self.sock is self._plain else None
 
     async def receive(self) -> bytes:
         """Wait for bytes; none at the end of the stream."""

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+import structlog
+
+from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.access import Access, Client
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
@@ -68,7 +71,7 @@ async def negotiate(
             return "closed by the client during the handshake"
         handshake.feed(received)
         while (ask := handshake.next_ask()) is not None:
-            chosen = _answer(ask, handshake, registry, line.client, most_clients)
+            chosen = await _answer(ask, handshake, registry, line.client, most_clients)
             await line.send(handshake.data_to_send())
         await line.send(handshake.data_to_send())
         if handshake.state is HandshakeState.STARTING_TLS:
@@ -82,7 +85,7 @@ async def negotiate(
             return handshake.closed_because or "handshake closed"
 
 
-def _answer(
+async def _answer(
     ask: Ask,
     handshake: ServerHandshake,
     registry: Registry,
@@ -109,6 +112,17 @@ def _answer(
             handshake.refuse(OptionReply.ERR_TLS_REQD, text)
         else:
             handshake.refuse(OptionReply.ERR_UNKNOWN, f"there is no export {name!r}")
+        return None
+    try:
+        await export.ready()
+    except (ConfigError, ImageError) as error:
+        structlog.get_logger().error(
+            "could not open an image", export=export.name, error=str(error)
+        )
+        handshake.refuse(OptionReply.ERR_UNKNOWN, "the export's image can't be opened")
+        return None
+    if export.retired:
+        handshake.refuse(OptionReply.ERR_UNKNOWN, f"there is no export {ask.name!r}")
         return None
     read_only = export.policy.access_of(client) is Access.READ_ONLY
     if isinstance(ask, ExportAsked):

@@ -6,7 +6,7 @@ import socket
 from collections.abc import Callable, Collection, Iterable
 from contextlib import closing
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import structlog
 from structlog.typing import FilteringBoundLogger
@@ -57,6 +57,38 @@ _OUT_OF_RESOURCES: Final = frozenset(
 )
 
 
+class Served(Protocol):
+    """What serves one client that has chosen its export.
+
+    Attributes:
+        closed: Done when everything is over; the result says why it ended.
+        blame: The error of the client that ended it, if it was one.
+    """
+
+    closed: asyncio.Future[str]
+    blame: ProtocolError | None
+
+    @property
+    def in_flight(self) -> int:
+        """How many requests wait."""
+
+    @property
+    def story(self) -> dict[str, int]:
+        """What was done, by name."""
+
+    def start(self, leftover: bytes) -> None:
+        """Begin with what came behind the handshake."""
+
+    def shut_down(self) -> None:
+        """Refuse new requests, answer those in flight, then close."""
+
+    def abort(self) -> None:
+        """Close at once."""
+
+    def end_if_stalled(self) -> None:
+        """Close if the client makes the server hold memory, and moves nothing."""
+
+
 class Server:
     """Serves the exports of a registry on some listeners, in one loop.
 
@@ -88,10 +120,10 @@ class Server:
         self._limits = limits or Limits()
         self._log = structlog.get_logger()
         self._pool = BufferPool(self._limits.idle_buffer_bytes)
-        self._clients: set[asyncio.Task[None]] = set()
+        self._clients: set[asyncio.Task[Any]] = set()
         self._handshakes: dict[ServerHandshake, asyncio.Task[None]] = {}
         self._credentials = credentials or TlsCredentials(TlsConfig())
-        self._connections: dict[Connection, tuple[Chosen, Client]] = {}
+        self._connections: dict[Served, tuple[Chosen, Client]] = {}
         self._stopping = False
         self._at_once = at_once
         self._full = False  # somebody was refused since the last one was let in
@@ -312,33 +344,56 @@ class Server:
         if not _still_right(chosen, line.client):
             log.info("the export was withdrawn while it was being chosen")
             return
-        connection = Connection(
+        connection = self._connect(line, chosen, log)
+        log.info("connection opened")
+        reason = await self._see_through(connection, chosen, line.client)
+        tell = log.info if connection.blame is None else log.warning
+        tell(
+            "connection closed",
+            **connection.story,
+            duration_s=round(self._loop.time() - started_s, 3),
+            reason=reason,
+        )
+
+    def _connect(self, line: Line, chosen: Chosen, log: FilteringBoundLogger) -> Served:
+        """Make what serves a client; the front of several workers has another one."""
+        return Connection(
             self._loop, line.sock, chosen.export, chosen.negotiated, self._shared, log
         )
-        log.info("connection opened")
-        self._connections[connection] = (chosen, line.client)
+
+    async def _see_through(
+        self, connection: Served, chosen: Chosen, client: Client
+    ) -> str:
+        """Serve until the end, and return its reason."""
+        self._connections[connection] = (chosen, client)
         chosen.export.clients += 1
         try:
             connection.start(chosen.leftover)
             if self._stopping:
                 connection.shut_down()
-            reason = await connection.closed
+            reason: str = await connection.closed
         finally:
             chosen.export.clients -= 1
             del self._connections[connection]
             if self.connections == 1 and self.on_last_client_gone is not None:
                 self.on_last_client_gone()
-        counters = connection.session.counters
-        tell = log.info if connection.blame is None else log.warning
-        tell(
-            "connection closed",
-            requests=counters.requests,
-            errors=counters.errors,
-            bytes_read=counters.bytes_read,
-            bytes_written=counters.bytes_written,
-            duration_s=round(self._loop.time() - started_s, 3),
-            reason=reason,
+        return reason
+
+    def take_over(
+        self, line: Line, chosen: Chosen, log: FilteringBoundLogger
+    ) -> Served:
+        """Serve a client with whom another process has negotiated.
+
+        Returns:
+            What serves it; the socket is closed in the end.
+        """
+        connection = self._connect(line, chosen, log)
+        client = self._loop.create_task(
+            self._see_through(connection, chosen, line.client)
         )
+        self._clients.add(client)
+        client.add_done_callback(self._clients.discard)
+        return connection
 
     # Exports go
 
@@ -352,7 +407,7 @@ class Server:
         self.registry.remove(export)
         await self.recheck(export)
         async with asyncio.timeout(self._limits.close_timeout_s):
-            await export.device.close()
+            await export.close()
 
     async def recheck(self, export: Export) -> None:
         """Let those clients of an export go that were told something else about it."""
@@ -363,7 +418,7 @@ class Server:
         ]
         await self._let_go(leaving)
 
-    async def _let_go(self, connections: Collection[Connection]) -> None:
+    async def _let_go(self, connections: Collection[Served]) -> None:
         """Answer what is in flight, then close; at once after a deadline."""
         for connection in connections:
             connection.shut_down()
@@ -374,7 +429,7 @@ class Server:
             if not connection.closed.done():
                 self._log.warning(
                     "gave up on requests in flight",
-                    requests=connection.session.in_flight,
+                    requests=connection.in_flight,
                 )
                 connection.abort()
 
@@ -425,7 +480,7 @@ class Server:
         for export in self.registry:
             try:
                 async with asyncio.timeout(self._limits.close_timeout_s):
-                    await export.device.close()
+                    await export.close()
             except Exception as error:  # noqa: BLE001 -- raised once all are closed
                 self._log.error(
                     "could not close an image cleanly",

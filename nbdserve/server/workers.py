@@ -1,0 +1,426 @@
+"""The process that accepts clients, where several others serve them: `--workers`.
+
+One process accepts, negotiates and knows who may do what; it opens no image. Each
+writable image is open in exactly one worker; read-only ones are open in all. When a client has chosen
+its export, its socket goes to a worker with that export (`channel`), and from then on the two
+talk to each other alone. Only of an encrypted client the bytes still come by here (`relay`).
+
+A worker that ends unexpectedly is started again; its clients are cut off, those of
+other workers notice nothing. What a killed server leaves behind is dealt with when its
+images are opened again, by the redo log as after any kill.
+"""
+
+import asyncio
+import os
+import socket
+import subprocess
+import sys
+from contextlib import suppress
+from itertools import count
+from typing import Any, Final
+
+import structlog
+from structlog.typing import FilteringBoundLogger
+
+from nbdserve.errors import ImageError, ProtocolError
+from nbdserve.exports.export import Export
+from nbdserve.server.channel import (
+    Answer,
+    Begin,
+    Call,
+    Channel,
+    Facts,
+    Gone,
+    LetGo,
+    Serve,
+)
+from nbdserve.server.line import Line
+from nbdserve.server.negotiation import Chosen
+from nbdserve.server.relay import relay
+from nbdserve.server.server import Served, Server
+from nbdserve.wire.constants import TransmissionFlag
+from nbdserve.wire.handshake import ExportInfo
+
+#: Between the end of a worker and its next start; twice as long each time that it lived
+#: for less than `_PROVEN_S`.
+_PAUSE_S: Final = 0.1
+_LONGEST_PAUSE_S: Final = 10.0
+_PROVEN_S: Final = 30.0
+#: What the service manager means for this process alone.
+_OURS_ALONE: Final = frozenset(
+    {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID"}
+)
+
+
+class Worker:
+    """One worker process, started again when it ends before its time.
+
+    Attributes:
+        number: From 0 on, for logs.
+        clients: Those it serves, by the numbers that stand for them in messages.
+        opened: What is open in it, by name.
+    """
+
+    def __init__(self, number: int, begin: Begin) -> None:
+        self.number = number
+        self.clients: dict[int, HandedOver] = {}
+        self.opened: dict[str, Facts] = {}
+        self._begin = begin
+        self._log = structlog.get_logger().bind(worker=number)
+        self._calls: dict[int, asyncio.Future[Facts | None]] = {}
+        self._numbers = count(1)
+        self._running = asyncio.Event()
+        self._stopping = False
+        self._pause_s = _PAUSE_S
+        self._restart: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Start the process.
+
+        Raises:
+            OSError: It can't be started.
+        """
+        loop = asyncio.get_running_loop()
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            try:
+                self._process = await asyncio.create_subprocess_exec(
+                    sys.executable,
+                    *(f"-W{option}" for option in sys.warnoptions),
+                    "-m",
+                    "nbdserve.worker",
+                    str(theirs.fileno()),
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    env={k: v for k, v in os.environ.items() if k not in _OURS_ALONE},
+                    pass_fds=(theirs.fileno(),),
+                    start_new_session=True,  # Ctrl-C is for us
+                )
+            except BaseException:
+                ours.close()
+                raise
+        self._started_s = loop.time()
+        self._channel = Channel(loop, ours, self._on_message, self._on_end)
+        self._channel.send(self._begin)
+        self._running.set()
+
+    async def call(self, what: str, name: str, image: Any = None) -> Facts | None:
+        """Have an export opened, flushed or closed; wait for the process if need be.
+
+        Raises:
+            ConfigError: The path can't be opened.
+            ImageError: The image can't be used, or the worker has ended.
+            OSError: Something could not be made durable.
+        """
+        await self._running.wait()
+        number = next(self._numbers)
+        answer: asyncio.Future[Facts | None]
+        answer = asyncio.get_running_loop().create_future()
+        self._calls[number] = answer
+        self._channel.send(Call(number, what, name, image))
+        return await answer
+
+    def serve(self, client: "HandedOver", message: Serve, fd: int) -> bool:
+        """Hand a client over; False if there is no worker just now."""
+        if not self._running.is_set():
+            return False
+        self.clients[message.number] = client
+        self._channel.send(message, fd)
+        return True
+
+    def let_go(self, number: int, *, at_once: bool = False) -> None:
+        """Have the connection of a client ended."""
+        if number in self.clients:
+            self._channel.send(LetGo(number, at_once))
+
+    def next_number(self) -> int:
+        """Return a number that stands for nothing yet."""
+        return next(self._numbers)
+
+    async def stop(self, timeout_s: float) -> None:
+        """Let the process end; it closes what is still open."""
+        self._stopping = True
+        if self._restart is not None:
+            self._restart.cancel()
+            with suppress(asyncio.CancelledError):
+                await self._restart
+        if not self._running.is_set():
+            return
+        self._channel.close()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._process.wait()
+        except TimeoutError:
+            self._log.error("a worker did not end and is killed")
+            self._process.kill()
+            await self._process.wait()
+
+    def _on_message(self, message: object, _fds: list[int]) -> None:
+        if isinstance(message, Gone):
+            client = self.clients.pop(message.number, None)
+            if client is not None:
+                client.gone(message)
+        elif isinstance(message, Answer):
+            answer = self._calls.pop(message.number)
+            if answer.done():
+                return  # whoever asked has given up
+            if message.error is not None:
+                answer.set_exception(message.error)
+            else:
+                answer.set_result(message.outcome)
+
+    def _on_end(self) -> None:
+        """The process has ended: tell everybody who counts on it, and start another."""
+        self._running.clear()
+        self.opened.clear()
+        calls, self._calls = self._calls, {}
+        for answer in calls.values():
+            if not answer.done():
+                answer.set_exception(ImageError("the worker process has ended"))
+        clients, self.clients = self.clients, {}
+        for client in clients.values():
+            client.lost()
+        if not self._stopping:
+            self._restart = asyncio.get_running_loop().create_task(
+                self._start_again(len(clients))
+            )
+
+    async def _start_again(self, clients: int) -> None:
+        loop = asyncio.get_running_loop()
+        status = await self._process.wait()
+        self._log.error(
+            "a worker has ended and is started again", status=status, clients=clients
+        )
+        proven = loop.time() - self._started_s > _PROVEN_S
+        pause_s = _PAUSE_S if proven else self._pause_s
+        self._pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+        while not self._running.is_set():
+            await asyncio.sleep(pause_s)
+            try:
+                await self.start()
+            except OSError as error:
+                self._log.error("a worker can't be started", error=error.strerror)
+                pause_s = _LONGEST_PAUSE_S
+
+
+class Crew:
+    """All workers."""
+
+    def __init__(self, size: int, begin: Begin) -> None:
+        """Start nothing yet."""
+        self.workers = [Worker(number, begin) for number in range(size)]
+        self._next = 0
+
+    async def start(self) -> None:
+        """Start all.
+
+        Raises:
+            OSError: One can't be started; then none goes on.
+        """
+        try:
+            for worker in self.workers:
+                await worker.start()
+        except BaseException:
+            await self.stop(timeout_s=1.0)
+            raise
+
+    def export(
+        self, name: str, description: str, image: Any, *, shared: bool
+    ) -> "DistantExport":
+        """Make an export of an image, not open yet.
+
+        Args:
+            name: The export's.
+            description: The same.
+            image: The configuration of the image, for the worker.
+            shared: Whether every worker may have it open, as nobody writes.
+        """
+        if shared:
+            return DistantExport(name, description, image, self.workers)
+        self._next += 1
+        owner = self.workers[self._next % len(self.workers)]
+        return DistantExport(name, description, image, [owner])
+
+    async def stop(self, timeout_s: float) -> None:
+        """Let all processes end."""
+        await asyncio.gather(*(worker.stop(timeout_s) for worker in self.workers))
+
+
+class DistantExport(Export):
+    """An export whose disk is open in one worker, or in each if it is read-only.
+
+    Attributes:
+        places: The workers.
+    """
+
+    def __init__(
+        self, name: str, description: str, image: Any, places: list[Worker]
+    ) -> None:
+        self.name = name
+        self.description = description
+        self.clients = 0
+        self.places = places
+        self._image = image
+        self._turn = asyncio.Lock()
+        self._facts: Facts | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """The disk is in another process."""
+        return False
+
+    @property
+    def size(self) -> int | None:
+        """Bytes, once a worker has said so."""
+        return None if self._facts is None else self._facts.read_write.size
+
+    @property
+    def read_only(self) -> bool:
+        """Whether it is known that nobody can write."""
+        flags = self._facts.read_write.transmission_flags if self._facts else 0
+        return bool(flags & TransmissionFlag.READ_ONLY)
+
+    async def ready(self) -> None:
+        """Have it opened wherever it is not open (any longer)."""
+        async with self._turn:
+            for worker in self.places:
+                if self.name not in worker.opened and not self.retired:
+                    facts = await worker.call("open", self.name, self._image)
+                    if facts is not None:
+                        self._facts = worker.opened[self.name] = facts
+
+    async def flush(self) -> None:
+        """Make everything durable that was written."""
+        await self._everywhere("flush")
+
+    async def close(self) -> None:
+        """Close the disk in each worker."""
+        self.retired = True
+        async with self._turn:
+            await self._everywhere("close")
+            for worker in self.places:
+                worker.opened.pop(self.name, None)
+
+    async def _everywhere(self, what: str) -> None:
+        for worker in self.places:
+            if self.name in worker.opened:
+                await worker.call(what, self.name)
+
+    def info(self, *, read_only: bool = False) -> ExportInfo:
+        """Return what a worker has said, under the description of today."""
+        if self._facts is None:
+            raise ImageError(f"the export {self.name!r} is not open yet")
+        found = self._facts.read_only if read_only else self._facts.read_write
+        return ExportInfo(
+            name=self.name,
+            size=found.size,
+            transmission_flags=found.transmission_flags,
+            description=self.description,
+            minimum_block=found.minimum_block,
+            preferred_block=found.preferred_block,
+            maximum_payload=found.maximum_payload,
+            meta_contexts=found.meta_contexts,
+        )
+
+    def place(self) -> Worker:
+        """Return the worker for the next client: the one with the fewest."""
+        return min(self.places, key=lambda worker: len(worker.clients))
+
+
+class HandedOver(Served):
+    """A client that a worker serves."""
+
+    def __init__(
+        self, loop: asyncio.AbstractEventLoop, line: Line, chosen: Chosen
+    ) -> None:
+        if not isinstance(chosen.export, DistantExport):
+            raise TypeError(f"{chosen.export.name}: is not an export of a worker")
+        self.closed: asyncio.Future[str] = loop.create_future()
+        self.blame: ProtocolError | None = None
+        self._loop = loop
+        self._line = line
+        self._chosen = chosen
+        self._worker = chosen.export.place()
+        self._number = self._worker.next_number()
+        self._story: dict[str, int] = {}
+        self._relaying: asyncio.Task[None] | None = None
+
+    @property
+    def in_flight(self) -> int:
+        """Only the worker knows."""
+        return 0
+
+    @property
+    def story(self) -> dict[str, int]:
+        """What the worker has told."""
+        return self._story
+
+    def start(self, leftover: bytes) -> None:
+        """Hand over the socket, or our end of a pair for what is decrypted."""
+        chosen, line = self._chosen, self._line
+        message = Serve(
+            self._number,
+            chosen.export.name,
+            chosen.access,
+            chosen.negotiated,
+            leftover,
+            line.client,
+            line.peer,
+        )
+        plain = line.plain
+        if plain is not None:
+            taken = self._worker.serve(self, message, plain.fileno())
+            line.close()  # the end of it is the worker's to say
+        else:
+            ours, theirs = socket.socketpair()
+            with theirs:
+                taken = self._worker.serve(self, message, theirs.fileno())
+            self._relaying = self._loop.create_task(relay(self._loop, line.sock, ours))
+        if not taken:
+            self.lost()
+
+    def gone(self, message: Gone) -> None:
+        """The worker tells the end of the story."""
+        self._story = message.story
+        if message.blame is not None:
+            self.blame = ProtocolError(message.blame)
+        self._end(message.reason)
+
+    def lost(self) -> None:
+        """The worker is gone."""
+        self._end("the worker has ended")
+
+    def shut_down(self) -> None:
+        """Have the client let go politely."""
+        self._worker.let_go(self._number)
+
+    def abort(self) -> None:
+        """Have the connection ended at once; nothing is waited for any longer."""
+        self._worker.let_go(self._number, at_once=True)
+        if self._relaying is not None:
+            self._relaying.cancel()
+        self._end("server shutting down")
+
+    def end_if_stalled(self) -> None:
+        """The worker looks after that."""
+
+    def _end(self, reason: str) -> None:
+        relaying = self._relaying
+        if relaying is None or relaying.done():
+            self._close(reason)
+        else:  # the last replies are still on their way
+            relaying.add_done_callback(lambda _: self._close(reason))
+
+    def _close(self, reason: str) -> None:
+        if not self.closed.done():
+            self.closed.set_result(reason)
+
+
+class Front(Server):
+    """A server that leaves transmission to workers."""
+
+    def _connect(
+        self, line: Line, chosen: Chosen, _log: FilteringBoundLogger
+    ) -> Served:
+        """Prepare the handing over of a client."""
+        return HandedOver(self._loop, line, chosen)

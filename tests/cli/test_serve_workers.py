@@ -1,0 +1,314 @@
+"""`nbdserve serve --workers` and `--open use`: real processes, real clients."""
+
+import asyncio
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.cli.servers import TIMEOUT_S, ServeProcess, run
+from tests.helpers import tools
+from tests.helpers.certificates import make_certificates
+from tests.helpers.nbd_client import NbdClient
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with three images."""
+    for name in ("a", "b", "c"):
+        image = tmp_path / f"{name}.qcow2"
+        tools.run("qemu-img", "create", "-q", "-f", "qcow2", image, "64M")
+    return tmp_path
+
+
+@contextmanager
+def serving(folder: Path, *words: str) -> Iterator[ServeProcess]:
+    """Serve by two workers; stop in the end, and look that nothing is left."""
+    process = ServeProcess(*words, "--unix", "s", "--workers", "2", cwd=folder)
+    with process:
+        process.wait_until_ready()
+        pids = workers(process)
+        assert len(pids) == 2
+        yield process
+        assert process.end() == 0
+    assert not any(alive(pid) for pid in pids)
+    assert "Traceback" not in (folder / "log").read_text()
+
+
+def workers(process: ServeProcess) -> list[int]:
+    """The processes that a server has started."""
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+    return [int(pid) for pid in children.split()]
+
+
+def alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    return state != "Z"
+
+
+def until_gone(pid: int) -> None:
+    deadline_s = time.monotonic() + TIMEOUT_S
+    while alive(pid):
+        assert time.monotonic() < deadline_s
+        time.sleep(0.02)
+
+
+def holders(process: ServeProcess, image: Path) -> list[int]:
+    """Which processes of a server have an image open."""
+    return [
+        pid
+        for pid in (process.pid, *workers(process))
+        if any(
+            os.path.realpath(link) == str(image)
+            for link in Path(f"/proc/{pid}/fd").iterdir()
+        )
+    ]
+
+
+def qemu_io(folder: Path, export: str, *commands: str) -> str:
+    words = [word for command in commands for word in ("-c", command)]
+    uri = f"nbd+unix:///{export}?socket={folder}/s"
+    return tools.run("qemu-io", "-f", "raw", uri, *words)
+
+
+def test_each_image_has_one_worker(folder: Path) -> None:
+    with serving(folder, "a.qcow2", "b.qcow2") as process:
+        for number, name in enumerate("ab", start=1):
+            qemu_io(folder, name, f"write -P {number} 1M 1M", "flush")
+        owners = [holders(process, folder / f"{name}.qcow2") for name in "ab"]
+        assert [len(found) for found in owners] == [1, 1]
+        assert owners[0] != owners[1]
+        assert process.pid not in owners[0] + owners[1]
+        listed = json.loads(
+            tools.run("nbdinfo", "--list", "--json", f"nbd+unix://?socket={folder}/s")
+        )
+        assert [found["export-name"] for found in listed["exports"]] == ["a", "b"]
+    log = (folder / "log").read_text()
+    assert log.count("connection opened") == log.count("connection closed")
+    assert "bytes_written=1048576" in log
+    for number, name in enumerate("ab", start=1):
+        image = folder / f"{name}.qcow2"
+        tools.run("qemu-img", "check", image)
+        read = f"read -P {number} 1M 1M"
+        assert "verification failed" not in tools.run("qemu-io", "-c", read, image)
+
+
+def test_a_worker_that_is_killed_is_started_again(folder: Path) -> None:
+    with serving(folder, "a.qcow2", "b.qcow2", "--state-dir", ".") as process:
+        qemu_io(folder, "a", "write -P 1 0 1M", "flush", "write -P 2 1M 64k")
+        (victim,) = holders(process, folder / "a.qcow2")
+
+        async def clients() -> None:
+            async with (
+                await NbdClient.connect_unix(folder / "s") as cut,
+                await NbdClient.connect_unix(folder / "s") as other,
+            ):
+                await cut.go("a")
+                await other.go("b")
+                os.kill(victim, signal.SIGKILL)
+                with pytest.raises((EOFError, OSError)):
+                    await cut.read(0, 512)
+                await other.write(0, b"b" * 4096)
+                assert await other.read(0, 4096) == b"b" * 4096
+
+        asyncio.run(clients())
+        # the next client waits until there is a worker again
+        read = qemu_io(folder, "a", "read -P 1 0 1M", "read -P 2 1M 64k")
+        assert "verification failed" not in read
+        assert victim not in workers(process)
+        assert "a worker has ended and is started again" in process.log()
+        assert "status=-9" in process.log()
+    tools.run("qemu-img", "check", folder / "a.qcow2")
+
+
+def test_read_only_images_are_served_by_all(folder: Path) -> None:
+    with serving(folder, "a.qcow2", "--read-only") as process:
+
+        async def clients() -> None:
+            async with (
+                await NbdClient.connect_unix(folder / "s") as one,
+                await NbdClient.connect_unix(folder / "s") as two,
+            ):
+                before = [sockets(pid) for pid in workers(process)]
+                await one.go("a")
+                await two.go("a")
+                assert await one.read(0, 512) == await two.read(0, 512) == bytes(512)
+                after = [sockets(pid) for pid in workers(process)]
+                grown = [now - then for now, then in zip(after, before, strict=True)]
+                assert grown == [1, 1]
+
+        asyncio.run(clients())
+        assert len(holders(process, folder / "a.qcow2")) == 2
+
+
+def sockets(pid: int) -> int:
+    links = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
+    return sum(link.startswith("socket:") for link in links)
+
+
+def test_what_is_sent_behind_the_handshake_goes_along(folder: Path) -> None:
+    request = bytes.fromhex(
+        "25609513 0000 0000 0000000000000007 0000000000000000 00000200"
+    )
+    hello = (
+        (3).to_bytes(4, "big")  # NBD_FLAG_C_FIXED_NEWSTYLE, NBD_FLAG_C_NO_ZEROES
+        + b"IHAVEOPT\0\0\0\1\0\0\0\1a"  # NBD_OPT_EXPORT_NAME "a"
+    )
+    with (
+        serving(folder, "a.qcow2"),
+        socket.socket(socket.AF_UNIX) as sock,
+    ):
+        sock.settimeout(TIMEOUT_S)
+        sock.connect(str(folder / "s"))
+        sock.sendall(hello + 40 * request)
+        answer = b""
+        while len(answer) < 18 + 10 + 40 * (16 + 512):
+            received = sock.recv(1 << 16)
+            assert received
+            answer += received
+        assert answer[28:36] == bytes.fromhex("67446698 00000000")
+
+
+def test_encrypted_clients_come_by_the_first_process(folder: Path) -> None:
+    pki = make_certificates(folder)
+    tools.run(
+        "qemu-io",
+        "-c",
+        "write -P 7 0 32M",
+        "-c",
+        "write -P 8 32M 32M",
+        folder / "a.qcow2",
+    )
+    tls = ["--tls-certificates", str(pki.server), "--listen", "127.0.0.1:0"]
+    with serving(folder, "a.qcow2", *tls) as process:
+        port = next(uri for uri in process.uris if "unix" not in uri).split(":")[2]
+        where = f"nbds://127.0.0.1:{port.split('/')[0]}/a"
+        uri = f"{where}?tls-certificates={pki.clients['alice']}"
+        copy = folder / "copy.img"
+        tools.run("nbdcopy", uri, copy)
+    read = ["-c", "read -P 7 0 32M", "-c", "read -P 8 32M 32M"]
+    assert "verification failed" not in tools.run("qemu-io", "-f", "raw", *read, copy)
+    assert "CN=alice" in (folder / "log").read_text()
+
+
+def test_hangup_changes_what_workers_serve(folder: Path) -> None:
+    config = folder / "nbdserve.toml"
+    entry = '[[export]]\npath = "{0}.qcow2"\nformat = "qcow2"\n'
+    config.write_text("workers = 2\n" + entry.format("a") + entry.format("b"))
+    with serving(folder, "--config", "nbdserve.toml") as process:
+
+        async def clients() -> None:
+            async with (
+                await NbdClient.connect_unix(folder / "s") as stays,
+                await NbdClient.connect_unix(folder / "s") as leaves,
+            ):
+                await stays.go("a")
+                await leaves.go("b")
+                await stays.write(0, b"x" * 512)
+                config.write_text(
+                    "workers = 2\n" + entry.format("a") + entry.format("c")
+                )
+                os.kill(process.pid, signal.SIGHUP)
+                await leaves.wait_closed()
+                assert await stays.read(0, 512) == b"x" * 512
+
+        asyncio.run(asyncio.wait_for(clients(), TIMEOUT_S))
+        process.wait_for_log("reloaded")
+        assert holders(process, folder / "b.qcow2") == []
+        assert len(holders(process, folder / "c.qcow2")) == 1
+        qemu_io(folder, "c", "write 0 64k", "flush")
+
+
+def test_workers_close_their_images_when_the_first_process_is_killed(
+    folder: Path,
+) -> None:
+    process = ServeProcess("a.qcow2", "--unix", "s", "--workers", "2", cwd=folder)
+    with process:
+        process.wait_until_ready()
+        pids = workers(process)
+        qemu_io(folder, "a", "write -P 3 0 1M")
+        os.kill(process.pid, signal.SIGKILL)
+        for pid in pids:
+            until_gone(pid)
+    checked = json.loads(
+        tools.run("qemu-img", "check", "--output=json", folder / "a.qcow2")
+    )
+    assert not checked.get("leaks")  # the reservation was given back: a clean close
+    read = tools.run("qemu-io", "-c", "read -P 3 0 1M", folder / "a.qcow2")
+    assert "verification failed" not in read
+
+
+def test_clients_are_let_go_when_it_ends(folder: Path) -> None:
+    async def client() -> None:
+        async with await NbdClient.connect_unix(folder / "s") as stays:
+            await stays.go("a")
+            await stays.write(0, b"z" * 4096)
+            assert await asyncio.to_thread(process.end) == 0
+            await stays.wait_closed()
+
+    with serving(folder, "a.qcow2") as process:
+        asyncio.run(asyncio.wait_for(client(), TIMEOUT_S))
+    tools.run("qemu-img", "check", folder / "a.qcow2")
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_images_that_are_opened_when_they_are_used(folder: Path, size: str) -> None:
+    words = ["a.qcow2", "missing.qcow2", "b.qcow2", "--open", "use"]
+    process = ServeProcess(*words, "--unix", "s", "--workers", size, cwd=folder)
+    with process:
+        process.wait_until_ready()
+        assert "a.qcow2, not open yet" in process.announcement
+        pids = [process.pid, *workers(process)]
+
+        def is_open(name: str) -> bool:
+            return any(
+                os.path.realpath(link) == str(folder / name)
+                for pid in pids
+                for link in Path(f"/proc/{pid}/fd").iterdir()
+            )
+
+        assert not is_open("a.qcow2")
+        qemu_io(folder, "a", "write -P 4 0 64k", "flush")
+        assert is_open("a.qcow2")
+        assert not is_open("b.qcow2")
+        uri = f"nbd+unix:///missing?socket={folder}/s"
+        tools.run("nbdinfo", uri, expect=(1,))
+        tools.run(
+            "qemu-img", "create", "-q", "-f", "qcow2", folder / "missing.qcow2", "1M"
+        )
+        assert "1048576" in tools.run("nbdinfo", "--size", uri)
+        os.kill(process.pid, signal.SIGHUP)
+        process.wait_for_log("reloaded")  # it has flushed what is open, and no more
+        assert not is_open("b.qcow2")
+        assert process.end() == 0
+    assert "No such file or directory" in (folder / "log").read_text()
+    tools.run("qemu-img", "check", folder / "a.qcow2")
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["--workers", "0"], "1 to 1024"),
+        (["--workers", "many"], "1 to 1024"),
+        (["--workers", "2", "--stdio"], "--stdio serves one client"),
+        (["--open", "later"], "later"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(
+    folder: Path, words: list[str], complaint: str
+) -> None:
+    done = run("serve", "a.qcow2", *words, cwd=folder)
+    assert done.returncode == 1
+    assert complaint in done.stderr
