@@ -28,6 +28,7 @@ from nbdserve.exports.late import LateExport
 from nbdserve.exports.registry import Registry
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
+from nbdserve.formats.scratch import open_scratch
 from nbdserve.server.channel import Begin
 from nbdserve.server.kernel import KernelDevice
 from nbdserve.server.limits import Limits, changed
@@ -373,7 +374,7 @@ def _require_different(images: Sequence[ImageConfig]) -> None:
         except OSError:
             continue  # opening it says what is wrong
         other = seen.setdefault((status.st_dev, status.st_ino), image)
-        if other is image or (_reads_only(other) and _reads_only(image)):
+        if other is image or (_leaves_alone(other) and _leaves_alone(image)):
             continue
         raise ConfigError(
             f"{shown(image.path)} is the same file as {shown(other.path)}, served as"
@@ -382,7 +383,13 @@ def _require_different(images: Sequence[ImageConfig]) -> None:
 
 
 def _reads_only(image: ImageConfig) -> bool:
+    """Tell whether clients can change nothing."""
     return image.read_only or image.snapshot is not None
+
+
+def _leaves_alone(image: ImageConfig) -> bool:
+    """Tell whether the file stays as it is."""
+    return image.scratch or _reads_only(image)
 
 
 def _policy(image: ImageConfig) -> Policy:
@@ -403,15 +410,23 @@ async def open_export(
         ConfigError: Its path can't be opened.
         ImageError: It can't be used.
     """
-    device = await open_image(
-        image.path,
-        format=image.format or "auto",
-        read_only=_reads_only(image),
-        allow_backing=image.allow_backing,
-        cache=image.cache,
-        state_dir=state_dir,
-        snapshot=image.snapshot,
-    )
+    if image.scratch and not _reads_only(image):
+        device = await open_scratch(
+            image.path,
+            os.environ.get("TMPDIR") or "/var/tmp",  # noqa: S108 -- as qemu
+            format=image.format or "auto",
+            allow_backing=image.allow_backing,
+        )
+    else:
+        device = await open_image(
+            image.path,
+            format=image.format or "auto",
+            read_only=_reads_only(image),
+            allow_backing=image.allow_backing,
+            cache=image.cache,
+            state_dir=state_dir,
+            snapshot=image.snapshot,
+        )
     for note in device.notes:
         structlog.get_logger().warning(note)
     if image.offset or not image.discard:

@@ -33,17 +33,16 @@ unlike qemu-nbd:
   --cache                none and writeback are the same: nothing is durable before a
                          flush; so is unsafe, whose flushes are made none the less;
                          writethrough and directsync are durable before the reply
-  backing files          are opened from the image's own folder, and from those
-                         of --allow-backing
+  backing files          are opened wherever they are, as qemu-nbd does: whoever made the
+                         image chooses a file of yours that clients then read. For
+                         images of strangers, name the folders with --allow-backing
+                         (or use nbdserve serve, which asks for that). Names with a
+                         protocol, such as nbd: or json:, are refused
   without --format       an image without a magic number is refused, or with --read-only
                          served as raw"""
 
 #: What qemu-nbd can do and this can't, and what to do instead.
 _REFUSED = {
-    "snapshot": (
-        "--snapshot",
-        "make an overlay with nbdserve image create --backing, and serve that",
-    ),
     "trace": ("--trace", "--verbose tells more"),
     "selinux_label": ("--selinux-label", "let the policy label the socket"),
     "bitmap": (
@@ -121,7 +120,6 @@ def _define(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--tls-creds", metavar="ID", help="an earlier --object")
     group.add_argument("--tls-authz", metavar="ID", help="an earlier --object")
     group = parser.add_argument_group("refused, so that nobody misses what they do")
-    group.add_argument("-s", "--snapshot", action="store_true")
     group.add_argument("-T", "--trace", metavar="PATTERN")
     group.add_argument("--selinux-label", metavar="LABEL")
     group.add_argument("-B", "--bitmap", metavar="NAME", action="append")
@@ -173,6 +171,13 @@ def _define_image(group: "argparse._ArgumentGroup") -> None:
         metavar="SNAPSHOT",
         help="snapshot.name=NAME, snapshot.id=ID, or one of them; read-only",
     )
+    group.add_argument(
+        "-s",
+        "--snapshot",
+        action="store_true",
+        help="leave the image alone: what is written goes to a temporary file in"
+        " $TMPDIR or /var/tmp, and is forgotten in the end",
+    )
     group.add_argument("-n", "--nocache", action="store_true", help="--cache=none")
     group.add_argument("--cache", metavar="MODE", help="default: writeback")
     group.add_argument("--aio", metavar="MODE", help="no effect")
@@ -184,7 +189,7 @@ def _define_image(group: "argparse._ArgumentGroup") -> None:
         metavar="DIR",
         action="append",
         default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
+        help="open backing files from the image's own folder and from below DIR only",
     )
 
 
@@ -262,7 +267,8 @@ def _image(
         read_only=arguments.read_only,
         description=arguments.description,
         cache=_cache(arguments),
-        allow_backing=tuple(arguments.allow_backing),
+        allow_backing=tuple(arguments.allow_backing) or ("/",),
+        scratch=arguments.snapshot,
         snapshot=(
             None
             if arguments.load_snapshot is None

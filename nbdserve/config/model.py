@@ -153,6 +153,8 @@ class ImageConfig:
         access: Who may use it; nobody else, unless there are no rules.
         offset: Bytes of the disk that clients don't see.
         discard: Whether clients may give storage back.
+        scratch: Whether what clients write goes to a temporary overlay, and is forgotten
+            in the end.
     """
 
     name: str
@@ -169,6 +171,7 @@ class ImageConfig:
     access: tuple[AccessRule, ...] = ()
     offset: int = 0
     discard: bool = True
+    scratch: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the protocol can't carry.

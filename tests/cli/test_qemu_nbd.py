@@ -196,6 +196,51 @@ def test_clients_see_the_same(
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("words", ["-f qcow2 {image}", "-f raw {raw}", "-s {image}"])
+def test_a_snapshot_leaves_the_image_alone(
+    start: Starter, image: Path, raw: Path, program: tuple[str, ...], words: str
+) -> None:
+    before = image.read_bytes(), raw.read_bytes()
+    filled = words.format(image=image, raw=raw).split()
+    daemon = start(program, "-t", "-s", *filled)
+    assert daemon.code == 0, daemon.stderr
+    run("qemu-io", "-f", "raw", "-c", "write -P 9 64k 64k", daemon.uri())
+    commands = ("-c", "read -P 1 0 64k", "-c", "read -P 9 64k 64k")
+    run("qemu-io", "-f", "raw", *commands, daemon.uri())
+    daemon.end()
+    assert (image.read_bytes(), raw.read_bytes()) == before
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_backing_files_may_be_anywhere(
+    start: Starter, tmp_path: Path, image: Path, program: tuple[str, ...]
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    overlay = folder / "overlay.qcow2"
+    argv = ("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image)
+    run(*argv, overlay)
+    daemon = start(program, "-f", "qcow2", overlay)
+    assert daemon.code == 0, daemon.stderr
+    run("qemu-io", "-f", "raw", "-c", "read -P 2 64k 128k", daemon.uri())
+
+
+def test_backing_files_can_be_kept_to_folders(
+    start: Starter, tmp_path: Path, image: Path
+) -> None:
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    overlay = folder / "overlay.qcow2"
+    argv = ("qemu-img", "create", "-q", "-f", "qcow2", "-F", "qcow2", "-b", image)
+    run(*argv, overlay)
+    words = ("-t", "-f", "qcow2", f"--allow-backing={folder}", overlay)
+    daemon = start(OURS, *words)
+    assert daemon.code == 1
+    assert "lies outside the image's folder" in daemon.stderr
+    assert start(OURS, f"--allow-backing={tmp_path}", *words).code == 0
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_it_ends_after_the_first_client(
     start: Starter, image: Path, program: tuple[str, ...]
 ) -> None:
@@ -309,7 +354,6 @@ def test_failures(
 @pytest.mark.parametrize(
     ("words", "named"),
     [
-        ("-s {image}", "--snapshot"),
         ("-c /dev/sda {image}", "/dev/sda"),
         ("-d", "--disconnect"),
         ("-d /dev/sda", "/dev/sda"),

@@ -110,6 +110,53 @@ def test_wrong_keys_and_users_are_refused_with_one_line(server: PskServer) -> No
     assert len(server.log().splitlines()) == 2
 
 
+PROGRAM = "import sys; from nbdserve.cli.qemu_nbd import main; sys.exit(main())"
+
+
+@pytest.mark.parametrize("program", ["qemu-nbd", "ours"])
+def test_objects_of_qemu_nbd(tmp_path: Path, program: str) -> None:
+    python = python_with_psk()
+    assert python is not None
+    argv = ["qemu-nbd"] if program == "qemu-nbd" else [python, "-c", PROGRAM]
+    keys = {name: os.urandom(32).hex() for name in ("alice", "bob", "eve")}
+    lines = "".join(f"{name}:{keys[name]}\n" for name in ("alice", "bob"))
+    (tmp_path / "keys.psk").write_text(lines)
+    (tmp_path / "wrong.psk").write_text(f"alice:{keys['eve']}\n")
+    (tmp_path / "disk.raw").write_bytes(os.urandom(1 << 20))
+    words = ["--object", f"tls-creds-psk,id=t,dir={tmp_path},endpoint=server"]
+    words += ["--tls-creds", "t", "-t", "-r", "-f", "raw", "-k", str(tmp_path / "s")]
+    words += ["--object", "authz-simple,id=a,identity=alice"]
+    if program == "ours":  # qemu-nbd 7.2 asks nobody about users of keys
+        words += ["--tls-authz", "a"]
+    started = subprocess.run(
+        [
+            *argv,
+            "--fork",
+            "--pid-file",
+            tmp_path / "pid",
+            *words,
+            tmp_path / "disk.raw",
+        ],
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert started.returncode == 0, started.stderr
+
+    def ask(user: str, keys: str) -> str:
+        uri = f"nbds+unix://{user}@/?socket={tmp_path}/s&tls-psk-file={tmp_path}/{keys}"
+        return run("nbdinfo", "--size", uri, expect=(0, 1))
+
+    try:
+        assert ask("alice", "keys.psk") == "1048576\n"
+        assert ask("alice", "wrong.psk") == ""
+        assert ask("bob", "keys.psk") == ("" if program == "ours" else "1048576\n")
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGTERM)
+
+
 def test_new_keys_are_read_with_a_hangup(server: PskServer) -> None:
     (server.folder / "keys.psk").write_text((server.folder / "wrong.psk").read_text())
     server.process.send_signal(signal.SIGHUP)
