@@ -19,6 +19,8 @@ from functools import partial
 import structlog
 import uvloop
 
+from nbdserve.block.device import BlockDevice
+from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.layers.window import Window
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
 from nbdserve.errors import ConfigError, ImageError
@@ -28,6 +30,8 @@ from nbdserve.exports.late import LateExport
 from nbdserve.exports.registry import Registry
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
+from nbdserve.formats.persistent_bitmaps import find_bitmap
+from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.scratch import open_scratch
 from nbdserve.server.channel import Begin
 from nbdserve.server.kernel import KernelDevice
@@ -429,21 +433,60 @@ async def open_export(
         )
     for note in device.notes:
         structlog.get_logger().warning(note)
-    if image.offset or not image.discard:
-        try:
+    try:
+        persistent = await _persistent_bitmaps(device, image)
+        known = {bitmap.name for bitmap in persistent}
+        if image.offset or not image.discard:
             device = Window(device, image.offset, discard=image.discard)
-        except ConfigError:
-            await device.close()
-            raise
+    except BaseException:
+        await device.close()
+        raise
     export = Export(
         image.name,
         device,
         image.description,
         allocation_depth=image.allocation_depth,
-        bitmaps=image.bitmaps,
+        bitmaps=[name for name in image.bitmaps if name not in known],
+        persistent=persistent,
     )
     export.policy = policy
     return export
+
+
+async def _persistent_bitmaps(
+    device: BlockDevice, image: ImageConfig
+) -> list[DirtyBitmap]:
+    """Return those of the bitmaps to be served that the image or its chain has.
+
+    Raises:
+        ConfigError: One is not there, and could not record anything either.
+        ImageError: One can't be used.
+    """
+    found: list[DirtyBitmap] = []
+    for name in image.bitmaps:
+        try:
+            bitmap = await find_bitmap(device, name)
+        except OSError as error:
+            raise ImageError(
+                f"{shown(image.path)}: bitmap {name!r} can't be read: {error}"
+            ) from error
+        if bitmap is not None:
+            found.append(bitmap)
+        elif image.persistent_only or device.read_only:
+            raise ConfigError(f"{shown(image.path)}: there is no bitmap {name!r}")
+        elif isinstance(device, Qcow2Image):
+            structlog.get_logger().warning(
+                "there is no persistent bitmap of that name: what changes is recorded"
+                " until the server ends",
+                image=shown(image.path),
+                bitmap=name,
+            )
+    if found and image.offset:
+        raise ConfigError(
+            f"{shown(image.path)}: its bitmaps are about the whole disk, so they can't be"
+            " served with an offset"
+        )
+    return found
 
 
 async def _close(registry: Registry) -> None:

@@ -45,10 +45,6 @@ unlike qemu-nbd:
 _REFUSED = {
     "trace": ("--trace", "--verbose tells more"),
     "selinux_label": ("--selinux-label", "let the policy label the socket"),
-    "bitmap": (
-        "--bitmap",
-        "persistent bitmaps can't be served yet; nbdserve serve --bitmap records anew",
-    ),
 }
 
 #: qemu-nbd's names of transmission flags, from bit 1 on.
@@ -122,7 +118,6 @@ def _define(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("refused, so that nobody misses what they do")
     group.add_argument("-T", "--trace", metavar="PATTERN")
     group.add_argument("--selinux-label", metavar="LABEL")
-    group.add_argument("-B", "--bitmap", metavar="NAME", action="append")
 
 
 def _define_connection(group: "argparse._ArgumentGroup") -> None:
@@ -165,6 +160,9 @@ def _define_image(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("-r", "--read-only", action="store_true")
     group.add_argument("-o", "--offset", metavar="BYTES", default="0")
     group.add_argument("-A", "--allocation-depth", action="store_true")
+    group.add_argument(
+        "-B", "--bitmap", metavar="NAME", action="append", default=[], help="persistent"
+    )
     group.add_argument(
         "-l",
         "--load-snapshot",
@@ -275,6 +273,8 @@ def _image(
             else qemu.parse_snapshot(arguments.load_snapshot)
         ),
         allocation_depth=arguments.allocation_depth,
+        bitmaps=tuple(arguments.bitmap),
+        persistent_only=True,
         access=access,
         offset=qemu.parse_offset(arguments.offset),
         discard=qemu.parse_discard(arguments.discard),

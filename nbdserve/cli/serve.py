@@ -205,8 +205,9 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
         metavar="NAME",
         action="append",
         default=[],
-        help="record what is changed from now on, and tell clients"
-        " (qemu:dirty-bitmap:NAME), any number of times",
+        help="tell clients what a bitmap says (qemu:dirty-bitmap:NAME): a persistent one"
+        " of the image or its backing files, or else one that records what is changed"
+        " until the server ends; any number of times",
     )
     group.add_argument(
         "--create",

@@ -147,8 +147,9 @@ class ImageConfig:
         snapshot: Name or id of the internal snapshot to serve, read-only, instead of
             the active disk.
         allocation_depth: Whether clients can ask for qemu:allocation-depth.
-        bitmaps: Names of bitmaps of what is changed while serving; clients see each as
-            qemu:dirty-bitmap:NAME.
+        bitmaps: Names of bitmaps that clients see as qemu:dirty-bitmap:NAME: persistent
+            ones of the image or its backing files, else of what is changed while serving.
+        persistent_only: Whether each of them has to be a persistent one.
         tls_only: Whether the export exists only for encrypted connections.
         access: Who may use it; nobody else, unless there are no rules.
         offset: Bytes of the disk that clients don't see.
@@ -167,6 +168,7 @@ class ImageConfig:
     snapshot: str | None = None
     allocation_depth: bool = False
     bitmaps: tuple[str, ...] = ()
+    persistent_only: bool = False
     tls_only: bool = False
     access: tuple[AccessRule, ...] = ()
     offset: int = 0

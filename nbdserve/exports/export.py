@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Mapping
 
 from nbdserve.block.device import BlockDevice
+from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.layers.dirty import DirtyTracking
 from nbdserve.exports.access import OPEN
 from nbdserve.exports.contexts import Describe, contexts_of
@@ -44,7 +45,9 @@ class Export:
         *,
         allocation_depth: bool = False,
         bitmaps: Iterable[str] = (),
+        persistent: Iterable[DirtyBitmap] = (),
     ) -> None:
+        """`bitmaps` are recorded from now on, those in `persistent` by the disk itself."""
         names = tuple(bitmaps)
         tracking = DirtyTracking(device, names) if names else None
         self.name = name
@@ -53,7 +56,7 @@ class Export:
         self.contexts: Mapping[str, Describe] = contexts_of(
             self.device,
             depth=allocation_depth,
-            bitmaps=tracking.bitmaps if tracking is not None else (),
+            bitmaps=(*persistent, *(tracking.bitmaps if tracking is not None else ())),
         )
         self.clients = 0
 

@@ -7,7 +7,7 @@ seen, until all of it is durable. Only then is the overlay emptied.
 
 import os
 from collections.abc import AsyncGenerator, Coroutine, Sequence
-from contextlib import AsyncExitStack, aclosing
+from contextlib import AsyncExitStack, aclosing, nullcontext
 from typing import Any, Final
 
 from nbdserve.block.device import BlockDevice
@@ -19,6 +19,7 @@ from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
 from nbdserve.formats.open import drivers, open_image
 from nbdserve.formats.pipeline import in_order
 from nbdserve.formats.probe import probe
+from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.regions import STEP
 from nbdserve.storage.executor import run
 from nbdserve.storage.file import FileStorage
@@ -86,8 +87,10 @@ async def commit_overlay(  # noqa: PLR0913 -- keywords, each with a default
         finally:
             await base.close()
         if empty:
-            for offset in range(0, top.size, _EMPTIED):
-                await top.trim(offset, min(_EMPTIED, top.size - offset))
+            # what is seen stays as it is, so that there is nothing for bitmaps to record
+            with top.unrecorded() if isinstance(top, Qcow2Image) else nullcontext():
+                for offset in range(0, top.size, _EMPTIED):
+                    await top.trim(offset, min(_EMPTIED, top.size - offset))
             await top.flush()
     return target
 

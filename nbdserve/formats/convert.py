@@ -14,6 +14,7 @@ from nbdserve.errors import ConfigError
 from nbdserve.formats.copy import Progress, copy_into_new
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
+from nbdserve.formats.persistent_bitmaps import copy_bitmaps, judge_bitmaps
 from nbdserve.formats.qcow2.create import DEFAULT_CLUSTER_SIZE, Options
 from nbdserve.formats.qcow2.sequential_writer import COMPRESSORS, SequentialWriter
 from nbdserve.formats.rewrite import write_disk
@@ -37,6 +38,7 @@ class Target:
         compat: 2 or 3.
         refcount_bits: 1 to 64.
         preallocation: See `create_image`.
+        bitmaps: Whether it gets the persistent bitmaps of the source, too.
     """
 
     format: str = "qcow2"
@@ -47,6 +49,7 @@ class Target:
     compat: int | None = None
     refcount_bits: int | None = None
     preallocation: str | None = None
+    bitmaps: bool = False
 
     def __post_init__(self) -> None:
         """Judge what `create_image` does not know.
@@ -54,6 +57,8 @@ class Target:
         Raises:
             ConfigError: Choices contradict each other.
         """
+        if self.bitmaps and (self.format != "qcow2" or self.compat == 2):
+            raise ConfigError("only qcow2 images of version 3 have persistent bitmaps")
         if self.compression is None:
             return
         if self.compression not in COMPRESSORS:
@@ -111,6 +116,8 @@ async def convert_to_file(
         OSError: Reading or writing fails.
     """
     path = os.fspath(path)
+    if target.bitmaps:
+        await judge_bitmaps(source)
     try:
         await run(require_new, path)
         with temporary_name(path) as temporary:
@@ -128,6 +135,8 @@ async def convert_to_file(
                         )
                     )
                 await _fill(source, temporary, target, backing, progress)
+            if target.bitmaps:
+                await _copy_bitmaps(source, temporary, target)
             await run(publish, temporary, path)
     except FileExistsError as error:
         raise ConfigError(
@@ -168,6 +177,12 @@ async def _fill(
         await image.flush()
     finally:
         await image.close()
+
+
+async def _copy_bitmaps(source: BlockDevice, path: str, target: Target) -> None:
+    folders = _backing_folders(path, target)
+    async with open_image(path, format="qcow2", allow_backing=folders) as image:
+        await copy_bitmaps(source, image)
 
 
 def _backing_folders(path: str, target: Target) -> list[str]:

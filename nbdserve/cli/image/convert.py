@@ -62,6 +62,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=one_of("zlib", "zstd"),
         help="compress each cluster, on all cores (qcow2; zstd needs qemu 5.1 or later)",
     )
+    parser.add_argument(
+        "--bitmaps",
+        action="store_true",
+        help="copy the persistent bitmaps of SRC too (qcow2)",
+    )
     group = parser.add_argument_group("backing file of DST")
     group.add_argument(
         "--backing",
@@ -129,8 +134,8 @@ def _judge_in_place(arguments: argparse.Namespace) -> None:
         raise ConfigError(
             f"{arguments.destination}: only raw is written to a device or an export"
         )
-    for name in (*_LAYOUT, "refcount_bits"):
-        if getattr(arguments, name) is not None:
+    for name in (*_LAYOUT, "refcount_bits", "bitmaps"):
+        if getattr(arguments, name) not in (None, False):
             option = name.replace("_", "-")
             raise ConfigError(f"--{option} is for new images only")
 
@@ -160,6 +165,7 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
             compat=None if compat is None else int(compat),
             refcount_bits=None if refcount_bits is None else int(refcount_bits),
             preallocation=arguments.preallocation,
+            bitmaps=arguments.bitmaps,
         )
         with progress_bar("converting", source.size) as progress:
             await convert_to_file(

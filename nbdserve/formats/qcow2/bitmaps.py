@@ -17,6 +17,7 @@ from typing import Final
 
 from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.errors import ConfigError, ImageCorruptError, ImageError
+from nbdserve.formats.mapped.opening import Located
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.qcow2.bitmap_directory import (
     BITMAP_TABLE_ALL_ONES,
@@ -166,7 +167,7 @@ class Bitmaps:
             )
             return bitmaps
         try:
-            await bitmaps._read(data, pool)
+            await bitmaps._read(data, header, pool)
         except (ImageCorruptError, OSError) as error:
             bitmaps.found, bitmaps.broken = [], str(error)
             bitmaps.notes.append(
@@ -176,7 +177,7 @@ class Bitmaps:
         bitmaps.adopt(bitmaps.found, bitmaps.place)
         return bitmaps
 
-    async def _read(self, data: bytes, pool: Pool | None) -> None:
+    async def _read(self, data: bytes, header: Header, pool: Pool | None) -> None:
         extension = parse_bitmaps_extension(data, self.cluster_bits)
         offset, length = extension.directory_offset, extension.directory_size
         if offset + length > self.storage.size:
@@ -187,7 +188,7 @@ class Bitmaps:
         content = bytearray(length)
         await self.storage.read(offset, memoryview(content))
         entries = parse_bitmap_directory(bytes(content), extension.nb_bitmaps)
-        claims = _Claims(self.cluster_bits, self.storage.size, pool)
+        claims = _Claims(header, self.storage.size, pool)
         await claims.directory(offset, length)
         for entry in entries:
             bitmap = PersistentBitmap(entry, self.new_bits(entry))
@@ -369,13 +370,21 @@ class Bitmaps:
 class _Claims:
     """Sees to it that no cluster of a bitmap is used by anything else that is known."""
 
-    def __init__(self, cluster_bits: int, file_size: int, pool: Pool | None) -> None:
-        self._bits = cluster_bits
+    def __init__(self, header: Header, file_size: int, pool: Pool | None) -> None:
+        self._bits = header.cluster_bits
         self._file_size = file_size
         self._pool = pool
-        self._taken: set[int] = pool.metadata if pool is not None else set()
-        self._tables = pool.tables if pool is not None else set()
         self._left = _MAX_TABLE_ENTRIES
+        self._tables: set[int] = set()
+        if pool is not None:
+            self._taken, self._tables = pool.metadata, pool.tables
+            return
+        located = Located()
+        located.add(0, 1, self._bits)
+        located.add(header.l1_table_offset, 8 * header.l1_size, self._bits)
+        table_bytes = header.refcount_table_clusters << self._bits
+        located.add(header.refcount_table_offset, table_bytes, self._bits)
+        self._taken = located.metadata
 
     async def directory(self, offset: int, length: int) -> None:
         """Claim the clusters of the directory, which is written in place."""

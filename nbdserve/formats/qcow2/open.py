@@ -108,7 +108,8 @@ class Qcow2Driver:
             await image.settle()
             await _reclaim(storage, notes)
             image = await build()
-            image.notes += notes
+            # what both have found is said once
+            image.notes = list(dict.fromkeys(notes + image.notes))
         await start_redo(image, storage, state_dir)
         return image
 
