@@ -39,6 +39,7 @@ class Target:
         refcount_bits: 1 to 64.
         preallocation: See `create_image`.
         bitmaps: Whether it gets the persistent bitmaps of the source, too.
+        extended_l2: Whether clusters have subclusters.
     """
 
     format: str = "qcow2"
@@ -50,6 +51,7 @@ class Target:
     refcount_bits: int | None = None
     preallocation: str | None = None
     bitmaps: bool = False
+    extended_l2: bool = False
 
     def __post_init__(self) -> None:
         """Judge what `create_image` does not know.
@@ -89,6 +91,7 @@ class Target:
             refcount_bits=self.refcount_bits or 16,
             backing_name=None if self.backing is None else os.fsencode(self.backing),
             backing_format=self.backing_format if self.backing else None,
+            extended_l2=self.extended_l2,
         )
 
 
@@ -156,6 +159,7 @@ def _create(path: str, size: int, target: Target) -> None:
         compat=target.compat,
         refcount_bits=target.refcount_bits,
         preallocation=target.preallocation,
+        extended_l2=target.extended_l2,
     )
 
 

@@ -34,6 +34,7 @@ class _Request:
     compat: int | None
     refcount_bits: int | None
     preallocation: str | None
+    extended_l2: bool
 
 
 def create_image(  # noqa: PLR0913 - each is one option of the command line
@@ -47,6 +48,7 @@ def create_image(  # noqa: PLR0913 - each is one option of the command line
     compat: int | None = None,
     refcount_bits: int | None = None,
     preallocation: str | None = None,
+    extended_l2: bool = False,
 ) -> None:
     """Make a new image; durable, and complete, when this returns.
 
@@ -61,6 +63,7 @@ def create_image(  # noqa: PLR0913 - each is one option of the command line
         compat: 2 or 3, the qcow2 version; 3 unless given.
         refcount_bits: 1 to 64; qcow2 only, 16 unless given.
         preallocation: off (unless given) or falloc; qcow2 and raw.
+        extended_l2: Whether clusters have subclusters; qcow2 version 3 only.
 
     Raises:
         ConfigError: A choice is not possible, the file exists, the backing file
@@ -76,6 +79,7 @@ def create_image(  # noqa: PLR0913 - each is one option of the command line
         compat=compat,
         refcount_bits=refcount_bits,
         preallocation=preallocation,
+        extended_l2=extended_l2,
     )
     _judge(request)
     if backing is not None:
@@ -107,6 +111,7 @@ def _judge(request: _Request) -> None:
         ("cluster size", request.cluster_size),
         ("compat", request.compat),
         ("refcount bits", request.refcount_bits),
+        ("extended L2", request.extended_l2 or None),
     ):
         if value is not None:
             raise ConfigError(f"{name} can be chosen for qcow2 only")
@@ -163,6 +168,7 @@ def _writer(request: _Request) -> Callable[[int], None]:
         backing_name=backing_name,
         backing_format=request.backing_format if request.backing else None,
         preallocate=falloc,
+        extended_l2=request.extended_l2,
     )
     return lambda fd: qcow2.write_image(fd, request.size, options)
 

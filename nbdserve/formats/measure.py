@@ -3,9 +3,7 @@
 from typing import Any, NamedTuple
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.errors import ConfigError
 from nbdserve.formats.qcow2.create import Options
-from nbdserve.formats.qcow2.header import MAX_L1_BYTES, l1_entries_for
 from nbdserve.formats.regions import nonzero_ranges
 
 
@@ -59,11 +57,7 @@ async def measure_qcow2(
         OSError: The source can't be read.
     """
     cluster_size = options.cluster_size
-    if l1_entries_for(size, cluster_size.bit_length() - 1) * 8 > MAX_L1_BYTES:
-        raise ConfigError(
-            f"{size} bytes are too many for clusters of {cluster_size} bytes; take"
-            " larger clusters"
-        )
+    options.l1_entries(size)
     data_clusters = -(-size // cluster_size)
     metadata = _metadata_clusters(data_clusters, options)
     used = 0
@@ -80,7 +74,7 @@ async def measure_qcow2(
 def _metadata_clusters(data_clusters: int, options: Options) -> int:
     """Return the clusters of header, L1 and L2 tables and refcounts if all is used."""
     words = options.cluster_size // 8
-    l2_tables = -(-data_clusters // words)
+    l2_tables = -(-data_clusters // options.l2_entries)
     clusters = 1 + l2_tables + -(-l2_tables // words)
     per_block = options.cluster_size * 8 // options.refcount_bits
     table = blocks = 0

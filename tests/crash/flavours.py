@@ -62,6 +62,7 @@ class Flavour:
 _4K: Final = "cluster_size=4k"
 _V2: Final = "compat=0.10,cluster_size=4k"
 _512: Final = "cluster_size=512"
+_SUB: Final = "extended_l2=on,cluster_size=16k"
 
 FLAVOURS: Final = {
     "v3": Flavour(options=_4K),
@@ -131,6 +132,19 @@ FLAVOURS: Final = {
         holes=100 * KIB,
         compacting=True,
     ),
+    "sub": Flavour(options=_SUB, size=97 * KIB + 512),
+    "sub-filled": Flavour(options=_SUB, filled=True),
+    "sub-backed": Flavour(
+        options="extended_l2=on,cluster_size=32k", backing=70 * KIB + 512
+    ),
+    "sub-over-compressed": Flavour(
+        options=_SUB, backing=100 * KIB, compressed_backing=True
+    ),
+    "sub-compressed": Flavour(options=_SUB, filled=True, compressed=True),
+    "sub-compacting": Flavour(
+        options=_SUB, size=400 * KIB, filled=True, holes=256 * KIB, compacting=True
+    ),
+    "sub-snapshot": Flavour(options=_SUB, filled=True, snapshot=True),
 }
 
 

@@ -11,18 +11,19 @@ from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.formats.mapped import move
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
-from nbdserve.formats.mapped.entries import OWNED
+from nbdserve.formats.mapped.entries import OWNED, WORD_MASK
 from nbdserve.formats.mapped.pool import Pool
-from nbdserve.formats.mapped.tables import Table, Tables, encode_words
+from nbdserve.formats.mapped.redo import RedoLog
+from nbdserve.formats.mapped.tables import Table, Tables
 from nbdserve.formats.mapped.waits import Pins
 from nbdserve.formats.qcow2.bitmap_changes import BitmapChanges
 from nbdserve.formats.qcow2.bitmaps import Bitmaps
 from nbdserve.formats.qcow2.compacting_pool import CompactingPool
 from nbdserve.formats.qcow2.refcount_block import Block
 from nbdserve.formats.qcow2.refcounts import RefcountedPool
+from tests.crash.disk import SECTOR
 
 Patch = pytest.MonkeyPatch
-_SECTOR_WORDS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,10 +187,8 @@ def copies_not_held(patch: Patch) -> None:
     """What had to copy is linked before its data is durable."""
     change = Committer.change
 
-    async def new_change(
-        self: Committer, table: Table, index: int, words: Any, kind: int, *, hold: bool
-    ) -> bool:
-        return await change(self, table, index, words, kind, hold=False)
+    async def new_change(self: Committer, *what: Any, **how: Any) -> bool:
+        return await change(self, *what, **{**how, "hold": False})
 
     patch.setattr(Committer, "change", new_change)
 
@@ -199,15 +198,15 @@ def whole_sectors(patch: Patch) -> None:
     change = Committer.change
 
     async def new_change(
-        self: Committer, table: Table, index: int, words: Any, kind: int, *, hold: bool
+        self: Committer, table: Table, index: int, *what: Any, **how: Any
     ) -> bool:
-        survives = await change(self, table, index, words, kind, hold=hold)
-        if not hold:
-            first = index // _SECTOR_WORDS * _SECTOR_WORDS
-            sector = table.words[first : first + _SECTOR_WORDS]
-            await self._storage.write(
-                table.host_offset + 8 * first, encode_words(sector)
-            )
+        survives = await change(self, table, index, *what, **how)
+        if not how["hold"]:
+            fit = SECTOR // (table.place(1) - table.place(0))
+            first = index // fit * fit
+            last = min(first + fit, len(table.words))
+            sector = [table.entry(each) for each in range(first, last)]
+            await self._storage.write(table.place(first), table.encode(sector))
         return survives
 
     patch.setattr(Committer, "change", new_change)
@@ -437,6 +436,51 @@ def block_moved_too_early(patch: Patch) -> None:
     patch.setattr(CompactingPool, "move_block", new_move)
 
 
+def added_subclusters_not_held(patch: Patch) -> None:
+    """Subclusters count as there before what was written to them is durable."""
+    add, change = Allocator._add_subclusters, Committer.change
+    adding: set[int] = set()
+
+    async def new_add(self: Allocator, *what: Any) -> bool:
+        adding.add(id(self._commit))
+        try:
+            return await add(self, *what)
+        finally:
+            adding.discard(id(self._commit))
+
+    async def new_change(self: Committer, *what: Any, **how: Any) -> bool:
+        if id(self) in adding:
+            how["hold"] = False
+        return await change(self, *what, **how)
+
+    patch.setattr(Allocator, "_add_subclusters", new_add)
+    patch.setattr(Committer, "change", new_change)
+
+
+def subclusters_not_filled(patch: Patch) -> None:
+    """The place of a missing subcluster is taken to hold what it shows."""
+    pieces = Allocator._pieces
+
+    async def new_pieces(self: Allocator, *what: Any) -> Any:
+        _, zeros = await pieces(self, *what)
+        _, _, _, within, data = what
+        return [(within, data)], zeros
+
+    patch.setattr(Allocator, "_pieces", new_pieces)
+
+
+def bitmaps_not_logged(patch: Patch) -> None:
+    """The redo log knows words only."""
+    link = RedoLog.link
+
+    def new_link(self: RedoLog, cluster: int, in_file: int, entry: int) -> bool:
+        kept = in_file & ~WORD_MASK | entry & WORD_MASK
+        return link(self, cluster, in_file, kept)
+
+    patch.setattr(RedoLog, "link", new_link)
+
+
+_SPLIT: Final = ("sub-backed", "sub-filled")
 _COPYING: Final = ("v3-backed", "v3-snapshot", "v3-compressed")
 PLANTED: Final = {
     each.plant.__name__: each
@@ -471,5 +515,8 @@ PLANTED: Final = {
         Planted(moved_before_writers_ended, ("v3-compacting",), live=True),
         Planted(cut_before_commit, ("v3-compacting",)),
         Planted(block_moved_too_early, ("v3-512-compacting",)),
+        Planted(added_subclusters_not_held, _SPLIT),
+        Planted(subclusters_not_filled, _SPLIT),
+        Planted(bitmaps_not_logged, _SPLIT),
     )
 }

@@ -36,8 +36,8 @@ class LoggedRedo(RedoLog):
         # it takes the place of what a killed server left
         disk.note(Redone(path.read_bytes()))
 
-    def link(self, guest_cluster: int, word_in_file: int, word: int) -> bool:
-        done = super().link(guest_cluster, word_in_file, word)
+    def link(self, guest_cluster: int, entry_in_file: int, entry: int) -> bool:
+        done = super().link(guest_cluster, entry_in_file, entry)
         self._disk.note(Redone(self.path.read_bytes()))
         return done
 
@@ -232,17 +232,17 @@ class Guest:
     async def _trim(self) -> None:
         offset, length = self._range(aligned=True)
         size = len(self.before)
-        cluster = self.device._parts.geometry.cluster_size
-        first = -(-offset // cluster) * cluster
+        grain = self.device._parts.geometry.grain
+        first = -(-offset // grain) * grain
         end = offset + length
-        last = -(-end // cluster) * cluster if end == size else end // cluster * cluster
+        last = -(-end // grain) * grain if end == size else end // grain * grain
         values = dict.fromkeys(
             range(first // SECTOR, -(-min(last, size) // SECTOR)), ZERO_SECTOR
         )
-        # over a backing file it may do nothing
-        request = Request(
-            "trim", values, firm=self.image.base is None, text=f"trim {offset}+{length}"
-        )
+        # It may do nothing over a backing file, and to a part of a compressed cluster.
+        split = self.device._parts.geometry.extended
+        firm = self.image.base is None and not (self.image.flavour.compressed and split)
+        request = Request("trim", values, firm=firm, text=f"trim {offset}+{length}")
         await self._do(request, self.device.trim(offset, length))
 
     async def flush(self) -> None:

@@ -211,4 +211,32 @@ DISKS: dict[str, Build] = {
     "snapshot-refcount-2": partial(
         with_snapshot, "cluster_size=4k,refcount_bits=2", ODD
     ),
+    "sub": partial(empty, "qcow2", "extended_l2=on", ODD),
+    "sub-16k": partial(filled, "qcow2", "extended_l2=on,cluster_size=16k", ODD),
+    "sub-2M": partial(over, "qcow2", "extended_l2=on,cluster_size=2M", 5 * MIB, "raw"),
+    "sub-preallocated": partial(
+        empty, "qcow2", "extended_l2=on,preallocation=metadata", ODD
+    ),
+    "sub-over-qcow2": partial(over, "qcow2", "extended_l2=on", ODD, "qcow2"),
+    "sub-over-shorter": partial(
+        over,
+        "qcow2",
+        "extended_l2=on,cluster_size=16k",
+        ODD,
+        "raw",
+        backing_size=700 * KIB + 512,
+    ),
+    "sub-over-zlib": partial(
+        over,
+        "qcow2",
+        "extended_l2=on,cluster_size=32k",
+        ODD,
+        "qcow2",
+        backing_size=2 * MIB,
+        compressed=True,
+    ),
+    "sub-zstd": partial(
+        filled, "qcow2", "extended_l2=on,compression_type=zstd", ODD, compressed=True
+    ),
+    "sub-snapshot": partial(with_snapshot, "extended_l2=on,cluster_size=32k", ODD),
 }

@@ -81,6 +81,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
         cluster_size=arguments.cluster_size or DEFAULT_CLUSTER_SIZE,
         version=int(arguments.compat or 3),
         refcount_bits=int(arguments.refcount_bits or 16),
+        extended_l2=arguments.extended_l2,
     )
     async with AsyncExitStack() as stack:
         source = None

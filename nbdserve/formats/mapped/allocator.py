@@ -3,13 +3,18 @@
     L2_ALLOC    take zeroed clusters for an L2 table          (only if the L1 entry is empty,
     L2_LINK     point the L1 entry at it                       or the table is shared)
     DATA_ALLOC  take a cluster, put the guest's bytes there (and, for a partial write over
-                something, the old bytes around them)
+                something, the old bytes around them: of the subclusters it meets, if
+                there are such, else of the whole cluster)
     DATA_LINK   point the L2 entry at it; the write is done
 
 When a step fails, what this allocation took goes through `Committer.free`: a
 word or cluster that was ever passed to a write call may be in the file, so it is used
 again only after a commit. The table words are still the old ones then, and nothing of the
 neighbours is touched.
+
+A cluster of our own of which some subclusters are missing gets them in place: DATA_ALLOC
+without taking anything, then DATA_LINK, which is held, since nobody knows what the place of a
+missing subcluster holds until the new bytes there are durable.
 
 Requests that meet at the same cluster or table wait at a turnstile, and look again at
 everything when they get through.
@@ -19,21 +24,31 @@ from array import array
 from dataclasses import dataclass, field
 from enum import Enum, auto
 
+from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.mapped.entries import (
     BAD,
+    BITMAP_SHIFT,
     COMPRESSED,
     NORMAL,
     OWNED,
     SHARED,
+    SPLIT,
+    SPLIT_OWNED,
+    SPLIT_SHARED,
+    SPLIT_UNPLACED,
+    SPLIT_UNPUBLISHED,
     UNALLOCATED,
+    UNKNOWN,
     UNPUBLISHED,
+    WHOLE,
+    WORD_MASK,
     ZERO_ALLOCATED,
 )
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.pool import Grant
 from nbdserve.formats.mapped.read import Reader
-from nbdserve.formats.mapped.tables import Table, encode_words
+from nbdserve.formats.mapped.tables import Table, encode_entries
 from nbdserve.formats.mapped.waits import Turnstile
 
 
@@ -74,6 +89,7 @@ class DataAllocation:
         grant: The clusters taken from the pool.
         hold: Whether the entries must wait for a barrier: something old shows
             through them until then, or the clusters are not durably ours yet.
+        bitmap: Of all the entries, in a table of extended ones.
         replaced: What the old entries named: host offset and length in bytes.
         survives: Whether the write would survive a killed server.
     """
@@ -85,6 +101,7 @@ class DataAllocation:
     grant: Grant
     hold: bool
     step: Step = Step.DATA_ALLOC
+    bitmap: int = subclusters.ALL
     replaced: list[tuple[int, int]] = field(default_factory=list)
     survives: bool = True
 
@@ -169,11 +186,18 @@ class Allocator:
             self._roll_table_back(allocation)
             raise
         number, old = allocation.number, allocation.old
-        table = Table.empty(number, allocation.host_offset, self._geometry.l2_entries)
+        geometry = self._geometry
+        table = Table.empty(
+            number,
+            allocation.host_offset,
+            geometry.l2_entries,
+            extended=geometry.extended,
+        )
         first = allocation.host_offset >> self._geometry.cluster_bits
         self._pool.tables.update(range(first, first + self._table_clusters))
         if old is not None:
             table.words[:] = old.words
+            table.bitmaps = None if old.bitmaps is None else old.bitmaps[:]
             table.kinds[:] = bytes(len(old.words))
             del self._tables.cached[number]
             self._commit.free(old.host_offset, self._geometry.l2_bytes)
@@ -193,7 +217,8 @@ class Allocator:
         if allocation.old is not None:
             # Nothing is held in a shared table: each change of it comes through here.
             await self._storage.write(
-                grant.host_offset, encode_words(allocation.old.words)
+                grant.host_offset,
+                encode_entries(allocation.old.words, allocation.old.bitmaps),
             )
             # the copy has to be durable before the L1 entry that names it
             await self._commit.barrier()
@@ -243,40 +268,88 @@ class Allocator:
             raise self._mapping.corrupt(
                 guest_offset, table.words[index], "is not valid"
             )
-        if kind == UNPUBLISHED:
-            return await self._write_unpublished(table, index, guest_offset, data)
         table.users += 1
         try:
-            if kind == NORMAL:
+            if kind in (NORMAL, SPLIT):
                 await self._look_at_owner(table, index)
                 return 0
+            if kind in (UNPUBLISHED, SPLIT_UNPUBLISHED, SPLIT_OWNED):
+                return await self._write_in_place(
+                    table, index, cluster, guest_offset, data
+                )
             return await self._allocate(table, index, cluster, guest_offset, data)
         finally:
             table.users -= 1
 
     async def _look_at_owner(self, table: Table, index: int) -> None:
         """Find out whether a plain cluster may be written in place."""
-        word = table.words[index]
+        word, known = table.words[index], table.kinds[index]
         owned = await self._owned(word & self._codec.l2_offset_mask, False)
-        if table.words[index] == word and table.kinds[index] == NORMAL:
+        if table.words[index] == word and table.kinds[index] == known:
             if not owned:
-                table.kinds[index] = SHARED
+                kind = SHARED
             elif self._commit.holds(table, index):
-                table.kinds[index] = UNPUBLISHED
+                kind = UNPUBLISHED
             else:
-                table.kinds[index] = OWNED
+                kind = OWNED
+            table.kinds[index] = kind if known == NORMAL else kind - WHOLE
 
-    async def _write_unpublished(
-        self, table: Table, index: int, guest_offset: int, data: memoryview
+    async def _write_in_place(
+        self,
+        table: Table,
+        index: int,
+        cluster: int,
+        guest_offset: int,
+        data: memoryview,
     ) -> int:
-        """Write in place where the link is not in the file yet, and wait for it."""
+        """Write to a cluster of our own that has no link yet, or lacks some subclusters."""
         within = guest_offset & (self._geometry.cluster_size - 1)
-        piece = data[: self._geometry.cluster_size - within]
-        host_offset = (table.words[index] & self._codec.l2_offset_mask) + within
-        await self._put(host_offset, piece)
-        self._commit.dirty = True
-        await self._commit.flush()
-        return len(piece)
+        data = data[: self._geometry.cluster_size - within]
+        host_offset = table.words[index] & self._codec.l2_offset_mask
+        missing = 0
+        if table.bitmaps is not None:
+            bits = self._geometry.cluster_bits
+            missing = subclusters.touched(within, len(data), bits)
+            missing &= ~subclusters.allocated(table.bitmaps[index])
+        if missing:
+            self.busy.enter(cluster)
+            try:
+                survives = await self._add_subclusters(
+                    table, index, missing, within, data
+                )
+            finally:
+                self.busy.leave(cluster)
+        else:
+            await self._put(host_offset + within, data)
+            kind = table.kinds[index]
+            survives = kind not in (UNPUBLISHED, SPLIT_UNPUBLISHED)
+        if not survives:
+            self._commit.dirty = True
+            await self._commit.flush()
+        return len(data)
+
+    async def _add_subclusters(
+        self, table: Table, index: int, missing: int, within: int, data: memoryview
+    ) -> bool:
+        """Write, and with it the subclusters that are `missing` in the cluster.
+
+        Returns:
+            Whether the write would survive a killed server.
+        """
+        host_offset = table.words[index] & self._codec.l2_offset_mask
+        # In those that are there others may be writing too: nothing is copied in them.
+        pieces, _ = await self._pieces(table, index, missing, within, data)
+        bits = self._geometry.cluster_bits
+        there = subclusters.touched(within, len(data), bits) & ~missing
+        pieces += self._parts_of(there, within, data)
+        for start, piece in pieces:
+            await self._put(host_offset + start, piece)
+        bitmap = subclusters.with_allocated(table.entry(index) >> BITMAP_SHIFT, missing)
+        kind = OWNED if bitmap == subclusters.ALL else SPLIT_OWNED
+        word = array("Q", [table.words[index]])
+        return await self._commit.change(
+            table, index, word, kind, hold=True, bitmaps=array("Q", [bitmap])
+        )
 
     async def _allocate(
         self,
@@ -319,9 +392,9 @@ class Allocator:
 
     def _old_shows(self, kind: int, cluster: int) -> bool:
         """Return whether bytes other than zeros may show where a cluster is not written."""
-        if kind == UNALLOCATED:
+        if kind in (UNALLOCATED, SPLIT_UNPLACED):
             return cluster << self._geometry.cluster_bits < self._backing_size
-        return kind in (COMPRESSED, SHARED)
+        return kind in (COMPRESSED, SHARED, SPLIT_SHARED)
 
     def _count(
         self,
@@ -348,7 +421,7 @@ class Allocator:
         count = 1
         while count < most:
             kind = self._mapping.kind(table, index + count)
-            if (kind >= NORMAL and kind != SHARED) or kind == BAD:
+            if (kind >= SPLIT and kind not in (SHARED, SPLIT_SHARED)) or kind == BAD:
                 break
             if self._old_shows(kind, cluster + count) != old_shows:
                 break
@@ -370,28 +443,91 @@ class Allocator:
         """DATA_ALLOC: put the guest's bytes into the new clusters."""
         data, within = allocation.data, allocation.within
         host_offset = allocation.grant.host_offset
-        cluster_size = self._geometry.cluster_size
-        if old_shows and (within or len(data) % cluster_size):
-            whole = bytearray(cluster_size)
-            zeros = await self._read_old(allocation, memoryview(whole))
-            if not zeros:
-                whole[within : within + len(data)] = data
-                data, within = memoryview(whole), 0
-            elif allocation.grant.durable:
-                # Nothing but zeros was to be seen there: as good as a first write.
+        if not old_shows or not (within or len(data) % self._geometry.cluster_size):
+            await self._put(host_offset + within, data)
+            return
+        table, index = allocation.table, allocation.index
+        wanted, allocation.bitmap = self._wanted(table, index, within, len(data))
+        pieces, zeros = await self._pieces(table, index, wanted, within, data)
+        if zeros:
+            # Nothing but zeros was to be seen there: as good as a first write.
+            pieces = [(within, data)]
+            if allocation.grant.durable:
                 allocation.hold = False
-        await self._put(host_offset + within, data)
+        for start, piece in pieces:
+            await self._put(host_offset + start, piece)
 
-    async def _read_old(self, allocation: DataAllocation, whole: memoryview) -> bool:
-        """Read the cluster as it was; return whether all of it is a hole."""
+    def _wanted(
+        self, table: Table, index: int, within: int, length: int
+    ) -> tuple[int, int]:
+        """Return which subclusters a new cluster must have, and the bitmap it will have."""
+        kind = table.kinds[index]
+        if table.bitmaps is None or kind in (COMPRESSED, SHARED):
+            return subclusters.ALL, subclusters.ALL
+        bitmap = table.bitmaps[index]
+        bits = self._geometry.cluster_bits
+        wanted = subclusters.touched(within, length, bits)
+        wanted |= subclusters.allocated(bitmap)
+        return wanted, subclusters.with_allocated(bitmap, wanted)
+
+    async def _pieces(
+        self, table: Table, index: int, wanted: int, within: int, data: memoryview
+    ) -> tuple[list[tuple[int, memoryview]], bool]:
+        """Return what subclusters have to hold: `data`, and around it what they show now.
+
+        Args:
+            table: With
+            index: the entry of the cluster, which may be another one.
+            wanted: Which subclusters, all those that `data` meets among them.
+            within: Where in the cluster `data` begins.
+            data: What is to be written.
+
+        Returns:
+            Where in the cluster to put what; and whether there was nothing to be seen
+            in those subclusters but zeros that need not be read.
+        """
+        bits = self._geometry.cluster_bits - subclusters.SUBCLUSTER_BITS
+        pieces: list[tuple[int, memoryview]] = []
+        zeros = True
+        for first, last in subclusters.runs(wanted):
+            start, stop = first << bits, last << bits
+            if within <= start and stop <= within + len(data):
+                # nothing of what is there stays
+                pieces.append((start, data[start - within : stop - within]))
+                zeros = False
+                continue
+            piece = memoryview(bytearray(stop - start))
+            zeros &= await self._read_old(table, index, start, piece)
+            for begin, part in self._parts_of((1 << last) - (1 << first), within, data):
+                piece[begin - start : begin - start + len(part)] = part
+            pieces.append((start, piece))
+        return pieces, zeros
+
+    def _parts_of(
+        self, mask: int, within: int, data: memoryview
+    ) -> list[tuple[int, memoryview]]:
+        """Return the parts of `data` in some subclusters, and where they begin."""
+        bits = self._geometry.cluster_bits - subclusters.SUBCLUSTER_BITS
+        parts: list[tuple[int, memoryview]] = []
+        for first, last in subclusters.runs(mask):
+            begin = max(first << bits, within)
+            end = min(last << bits, within + len(data))
+            if begin < end:
+                parts.append((begin, data[begin - within : end - within]))
+        return parts
+
+    async def _read_old(
+        self, table: Table, index: int, start: int, piece: memoryview
+    ) -> bool:
+        """Read a piece of a cluster as it was; return whether all of it is a hole."""
         geometry = self._geometry
-        number = allocation.table.number
-        start = (number << geometry.table_bits) + (
-            allocation.index << geometry.cluster_bits
+        start += (table.number << geometry.table_bits) + (
+            index << geometry.cluster_bits
         )
-        whole = whole[: geometry.size - start]
-        holes = await self._reader.read_into(start, whole)
-        return sum(length for _, length in holes) == len(whole)
+        # past the end of the disk there are zeros
+        piece = piece[: max(geometry.size - start, 0)]
+        holes = await self._reader.read_into(start, piece) if piece else ()
+        return sum(length for _, length in holes) == len(piece)
 
     async def _put(self, host_offset: int, data: memoryview) -> None:
         """Write to a cluster that this operation holds."""
@@ -409,8 +545,16 @@ class Allocator:
         allocation.replaced = self.named(table, index, grant.clusters)
         first = self._codec.link(grant.host_offset)
         words = array("Q", range(first, first + grant.clusters * size, size))
+        bitmap, bitmaps = allocation.bitmap, None
+        if table.bitmaps is not None:
+            bitmaps = array("Q", [bitmap]) * grant.clusters
         allocation.survives = await self._commit.change(
-            table, index, words, OWNED, hold=allocation.hold
+            table,
+            index,
+            words,
+            OWNED if bitmap == subclusters.ALL else SPLIT_OWNED,
+            hold=allocation.hold,
+            bitmaps=bitmaps,
         )
         for host_offset, length in allocation.replaced:
             self._commit.free(host_offset, length)
@@ -422,7 +566,7 @@ class Allocator:
             grant.host_offset, grant.clusters << self._geometry.cluster_bits
         )
 
-    async def relink(self, guest_cluster: int, word_in_file: int, word: int) -> bool:
+    async def relink(self, guest_cluster: int, entry_in_file: int, entry: int) -> bool:
         """Link a cluster again that a killed server had written and acknowledged.
 
         Returns:
@@ -431,20 +575,32 @@ class Allocator:
         bits = self._geometry.l2_bits
         table = await self.table_for_change(guest_cluster >> bits)
         index = guest_cluster & (1 << bits) - 1
-        if table.words[index] != word_in_file:
+        if table.entry(index) != entry_in_file:
             return False
-        kind = self._codec.classify(word)
-        if kind == NORMAL:
+        word, bitmap = entry & WORD_MASK, entry >> BITMAP_SHIFT
+        mask = self._codec.l2_offset_mask
+        kind = self._codec.classify(word, bitmap)
+        replaced = self.named(table, index, 1)
+        if kind >= SPLIT and (word & mask, self._geometry.cluster_size) in replaced:
+            # only the subclusters are others
+            kind, replaced = UNKNOWN, []
+        elif kind in (NORMAL, SPLIT):
             # It may have been given to others since, or freed as a leak by a check.
-            host_offset = word & self._codec.l2_offset_mask
+            host_offset = word & mask
             if (
                 host_offset >= self._storage.size
                 or await self._pool.references(host_offset) != 1
             ):
                 return False
-            kind = OWNED
-        replaced = self.named(table, index, 1)
-        await self._commit.change(table, index, array("Q", [word]), kind, hold=True)
+            kind += OWNED - NORMAL
+        await self._commit.change(
+            table,
+            index,
+            array("Q", [word]),
+            kind,
+            hold=True,
+            bitmaps=array("Q", [bitmap]),
+        )
         for host_offset, length in replaced:
             self._commit.free(host_offset, length)
         return True
@@ -459,7 +615,7 @@ class Allocator:
         for position in range(index, index + count):
             kind = self._mapping.kind(table, position)
             word = table.words[position]
-            if kind >= NORMAL or kind == ZERO_ALLOCATED:
+            if kind >= SPLIT or kind == ZERO_ALLOCATED:
                 host_offset = word & self._codec.l2_offset_mask
                 extents.append((host_offset, self._geometry.cluster_size))
             elif kind == COMPRESSED:

@@ -22,8 +22,15 @@ from errno import EIO
 from typing import TYPE_CHECKING, Final
 
 from nbdserve.errors import ImageCorruptError
-from nbdserve.formats.mapped.entries import COMPRESSED, OWNED, UNPUBLISHED
-from nbdserve.formats.mapped.tables import Table, encode_words
+from nbdserve.formats.mapped.entries import (
+    BITMAP_SHIFT,
+    COMPRESSED,
+    OWNED,
+    SPLIT_OWNED,
+    SPLIT_UNPUBLISHED,
+    UNPUBLISHED,
+)
+from nbdserve.formats.mapped.tables import Table, encode_entries, encode_words
 from nbdserve.formats.mapped.waits import Pins
 from nbdserve.storage.base import Storage
 
@@ -35,6 +42,10 @@ Key = tuple[Table, int]
 #: Space that lost a reference: host offset and length in bytes.
 Freed = tuple[int, int]
 
+
+#: What a cluster of our own is as long as its link is only in memory, and back.
+_UNPUBLISHED: Final = {OWNED: UNPUBLISHED, SPLIT_OWNED: SPLIT_UNPUBLISHED}
+_PUBLISHED: Final = {UNPUBLISHED: OWNED, SPLIT_UNPUBLISHED: SPLIT_OWNED}
 
 #: Words written between two looks at the event loop: about 0.2 ms.
 _WRITES_PER_TURN: Final = 128
@@ -184,7 +195,14 @@ class Committer:
     # -- words
 
     async def change(
-        self, table: Table, index: int, words: "array[int]", kind: int, *, hold: bool
+        self,
+        table: Table,
+        index: int,
+        words: "array[int]",
+        kind: int,
+        *,
+        hold: bool,
+        bitmaps: "array[int] | None" = None,
     ) -> bool:
         """Make `words` the entries from `index` on, in the file and then in memory.
 
@@ -194,6 +212,9 @@ class Committer:
             words: Their new values.
             kind: What all of them are now (`entries.py`).
             hold: Whether they must wait for the barrier of the next commit.
+            bitmaps: The other half of each of them in a table of extended entries, None
+                for zeros. It lies in the same sector as its word, so that one is
+                durable if the other is.
 
         Returns:
             Whether the change survives a killed server, so that it may be
@@ -212,23 +233,32 @@ class Committer:
             await waiter
         if hold and self._is_crowded(table):
             await self._make_room(table)
-            return await self.change(table, index, words, kind, hold=True)
+            return await self.change(
+                table, index, words, kind, hold=True, bitmaps=bitmaps
+            )
         if hold or (self._held and self._meets(self._held, table, index, count)):
-            return self._hold(table, index, words, kind)
-        offset = table.host_offset + 8 * index
-        data = encode_words(words)
+            return self._hold(table, index, words, kind, bitmaps)
+        if table.bitmaps is None:
+            offset = table.host_offset + 8 * index
+            data = encode_words(words)
+        else:
+            offset = table.place(index)
+            bitmaps = bitmaps or array("Q", bytes(8 * count))
+            data = encode_entries(words, bitmaps)
         try:
             await self._storage.put(offset, data)
         except BaseException:
             for position in range(index, index + count):
-                if table.kinds[position] == OWNED:
-                    # What is written there now may not be what the file names.
-                    table.kinds[position] = UNPUBLISHED
+                # What is written there now may not be what the file names.
+                known = table.kinds[position]
+                table.kinds[position] = _UNPUBLISHED.get(known, known)
                 self._keep(table, position, None)
             self._exposures += 1
             raise
         self.dirty = True
         table.words[index : index + count] = words
+        if table.bitmaps is not None and bitmaps is not None:
+            table.bitmaps[index : index + count] = bitmaps
         table.kinds[index : index + count] = bytes((kind,)) * count
         return True
 
@@ -267,26 +297,38 @@ class Committer:
             (table, position) in keys for position in range(index, index + count)
         )
 
-    def _hold(self, table: Table, index: int, words: "array[int]", kind: int) -> bool:
+    def _hold(
+        self,
+        table: Table,
+        index: int,
+        words: "array[int]",
+        kind: int,
+        bitmaps: "array[int] | None" = None,
+    ) -> bool:
         """Change words in memory only, with a record in the redo log for each."""
         survives = True
         for position, word in enumerate(words, index):
             # what the file says as long as the word is held; None if nobody knows
-            in_file = self._held.get((table, position), table.words[position])
+            in_file = self._held.get((table, position), table.entry(position))
+            entry = word
+            if table.bitmaps is not None:
+                bitmap = bitmaps[position - index] if bitmaps is not None else 0
+                entry |= bitmap << BITMAP_SHIFT
+                table.bitmaps[position] = bitmap
             logged = (
                 self.redo is not None
                 # moved by compaction: the word of before says the same
                 and kind != COMPRESSED
                 and in_file is not None
                 and self.redo.link(
-                    table.number * len(table.words) + position, in_file, word
+                    table.number * len(table.words) + position,
+                    in_file,
+                    entry,
                 )
             )
             survives &= logged
             table.words[position] = word
-            table.kinds[position] = (
-                UNPUBLISHED if kind == OWNED and not logged else kind
-            )
+            table.kinds[position] = kind if logged else _UNPUBLISHED.get(kind, kind)
             self._keep(table, position, in_file)
         if not survives:
             self._exposures += 1
@@ -386,7 +428,7 @@ class Committer:
         held, self._held = self._held, {}
         exposures = self._exposures
         self._committing = held
-        words = {key: key[0].words[key[1]] for key in held}
+        words = {key: key[0].entry(key[1]) for key in held}
         freed, self._freed = self._freed, []
         sequence = self.redo.sequence if self.redo is not None else 0
         done = False
@@ -414,8 +456,8 @@ class Committer:
                     waiter.set_result(None)
         for table, index in held:
             self._let_go(table)
-            if table.kinds[index] == UNPUBLISHED:
-                table.kinds[index] = OWNED
+            kind = table.kinds[index]
+            table.kinds[index] = _PUBLISHED.get(kind, kind)
         if self.redo is not None:
             self.redo.committed(sequence)
         if freed:
@@ -429,14 +471,14 @@ class Committer:
         position = writes = 0
         while position < len(ordered):
             table, first = ordered[position]
-            values = array("Q")
+            values: list[int] = []
             while position < len(ordered) and ordered[position] == (
                 table,
                 first + len(values),
             ):
                 values.append(words[ordered[position]])
                 position += 1
-            await self._storage.put(table.host_offset + 8 * first, encode_words(values))
+            await self._storage.put(table.place(first), table.encode(values))
             writes += 1
             if not writes % _WRITES_PER_TURN:
                 await asyncio.sleep(0)

@@ -1,21 +1,37 @@
-"""Zeroes and discards: whole clusters leave the mapping, what is left is written."""
+"""Zeroes and discards: whole clusters leave the mapping, what is left is written.
+
+With extended entries whole subclusters do; their cluster goes with the last of them.
+"""
 
 import asyncio
 from array import array
 from typing import Final
 
+from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.entries import (
     BAD,
+    BITMAP_SHIFT,
+    COMPRESSED,
+    NORMAL,
+    OWNED,
+    SPLIT_OWNED,
+    SPLIT_UNPLACED,
+    SPLIT_UNPUBLISHED,
     UNALLOCATED,
+    UNPUBLISHED,
+    WHOLE,
+    WORD_MASK,
     ZERO,
+    ZERO_ALLOCATED,
 )
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts
 from nbdserve.formats.mapped.tables import Table
 from nbdserve.formats.mapped.write import Writer
 
+_OWNED: Final = {UNPUBLISHED: OWNED, SPLIT_UNPUBLISHED: SPLIT_OWNED}
 _ZEROS: Final = memoryview(bytes(1 << 20))
 #: Clusters changed between two looks at the event loop (about a millisecond).
 _TURN: Final = 2048
@@ -35,7 +51,7 @@ class Discarder:
         """Join the parts."""
         self._geometry = parts.geometry
         self._gate = parts.gate
-        self._zero_word = parts.codec.zero_word
+        self._zero_entry = parts.codec.zero_entry
         self._mapping = mapping
         self._allocator = allocator
         self._writer = writer
@@ -48,7 +64,7 @@ class Discarder:
         """Make a range read as zeros; see `BlockDevice.write_zeroes`."""
         self._commit.check_writable()
         end = offset + length
-        first, last = self._whole_clusters(offset, end)
+        first, last = self._whole_grains(offset, end)
         if may_unmap and first < last:
             await self._zero_data(offset, first)
             await self._unmap(first, last, trim=False)
@@ -60,9 +76,9 @@ class Discarder:
         await self._settle(fua=fua)
 
     async def trim(self, offset: int, length: int, *, fua: bool) -> None:
-        """Give whole clusters back; the rest of the range stays as it is."""
+        """Give whole (sub)clusters back; the rest of the range stays as it is."""
         self._commit.check_writable()
-        first, last = self._whole_clusters(offset, offset + length)
+        first, last = self._whole_grains(offset, offset + length)
         if first < last:
             await self._unmap(first, last, trim=True)
         await self._settle(fua=fua)
@@ -77,22 +93,24 @@ class Discarder:
         if fua or self._commit.writethrough or self._commit.exposed:
             await self._commit.flush()
 
-    def _whole_clusters(self, offset: int, end: int) -> tuple[int, int]:
-        """Return the part of a range that is made of whole clusters, in bytes.
+    def _whole_grains(self, offset: int, end: int) -> tuple[int, int]:
+        """Return the part of a range that is made of whole subclusters, in bytes.
 
-        The last cluster of the disk counts as whole where the disk ends in it.
+        Where there are no subclusters, clusters take their place. What lies behind the
+        end of the disk counts as part of the range that ends there.
         """
-        first = self._geometry.align_up(offset)
-        last = end & -self._geometry.cluster_size
+        grain = self._geometry.grain
+        first = -(-offset // grain) * grain
+        last = end & -grain
         if end == self._geometry.size:
             last = self._geometry.align_up(end)
         return first, max(first, last)
 
     async def _zero_data(self, offset: int, end: int) -> None:
-        """Zero a piece smaller than a cluster, unless it reads as zeros already."""
+        """Zero a piece smaller than a grain, unless it reads as zeros already."""
         while offset < end:
             run = await self._mapping.run(offset, end)
-            hole = run.kind == ZERO or (
+            hole = run.kind in (ZERO, ZERO_ALLOCATED) or (
                 run.kind == UNALLOCATED and offset >= self._backing_size
             )
             if not hole:
@@ -109,21 +127,27 @@ class Discarder:
             await asyncio.sleep(0)
 
     async def _unmap(self, offset: int, end: int, *, trim: bool) -> None:
-        """Take whole clusters out of the mapping, or zero them where that can't be said."""
+        """Take whole grains out of the mapping, or zero them where that can't be said."""
+        cluster_size = self._geometry.cluster_size
+        # what lies behind the end of the disk goes with its last cluster
+        stop = end if end < self._geometry.size else self._geometry.align_up(end)
         end = min(end, self._geometry.size)
         while offset < end:
             run = await self._mapping.run(offset, end)
             if self._stays(run.kind, offset, trim=trim):
                 offset += run.length
                 continue
+            part = offset % cluster_size or stop - offset < cluster_size
             shows_backing = offset < self._backing_size
-            if self._zero_word is None and shows_backing:
-                # no entry says "zeros" here, and an empty one would show the backing file
+            # No entry says "zeros" for a part of a compressed cluster; in version 2 none
+            # does for any cluster, and an empty one would show the backing file.
+            unsayable = part and run.kind == COMPRESSED
+            if unsayable or (self._zero_entry is None and shows_backing):
                 if not trim:
                     await self._write_zeros(offset, offset + run.length)
                 offset += run.length
                 continue
-            offset += await self._unmap_run(offset, end, trim=trim)
+            offset += await self._unmap_run(offset, stop, trim=trim)
 
     def _stays(self, kind: int, offset: int, *, trim: bool) -> bool:
         """Return whether a run is as good as unmapped."""
@@ -134,7 +158,7 @@ class Discarder:
         return kind == ZERO and not (trim and past_backing)
 
     async def _unmap_run(self, offset: int, end: int, *, trim: bool) -> int:
-        """Take some clusters of one table out of the mapping; return their bytes."""
+        """Take clusters of one table, or part of one, out of the mapping; return the bytes."""
         gate = self._gate
         if gate.closed:
             await gate.opened()
@@ -152,13 +176,19 @@ class Discarder:
         if cluster in self._allocator.busy:
             await self._allocator.busy.wait(cluster)
             return 0
-        most = (geometry.align_up(end) >> geometry.cluster_bits) - cluster
+        within = offset & (geometry.cluster_size - 1)
+        if within or end - offset < geometry.cluster_size:
+            length = min(geometry.cluster_size - within, end - offset)
+            mask = subclusters.touched(within, length, geometry.cluster_bits)
+            done = await self._unmap_part(table, index, cluster, mask, trim=trim)
+            return length if done else 0
+        most = (end >> geometry.cluster_bits) - cluster
         count = self._count(table, index, cluster, min(most, _TURN), trim=trim)
         if not count:
             return geometry.cluster_size
         # Bytes past the backing file's end are zeros without an entry that says so.
-        empty = self._zero_word is None or (trim and offset >= self._backing_size)
-        word = 0 if empty or self._zero_word is None else self._zero_word
+        empty = self._zero_entry is None or (trim and offset >= self._backing_size)
+        entry = 0 if empty or self._zero_entry is None else self._zero_entry
         clusters = range(cluster, cluster + count)
         for each in clusters:
             self._allocator.busy.enter(each)
@@ -168,9 +198,10 @@ class Discarder:
             survives = await self._commit.change(
                 table,
                 index,
-                array("Q", [word]) * count,
-                ZERO if word else UNALLOCATED,
+                array("Q", [entry & WORD_MASK]) * count,
+                ZERO if entry else UNALLOCATED,
                 hold=False,
+                bitmaps=array("Q", [entry >> BITMAP_SHIFT]) * count,
             )
             for host_offset, length in freed:
                 self._commit.free(host_offset, length)
@@ -183,6 +214,63 @@ class Discarder:
         elif count == _TURN:
             await asyncio.sleep(0)
         return count << geometry.cluster_bits
+
+    async def _unmap_part(
+        self, table: Table, index: int, cluster: int, mask: int, *, trim: bool
+    ) -> bool:
+        """Take subclusters out of the mapping; return False if they must be looked at again.
+
+        They leave the place that they have in the host cluster behind, whatever it
+        holds. Nobody else gets it, so nothing has to wait for that.
+        """
+        kind = self._mapping.kind(table, index)
+        if kind == BAD:
+            start = cluster << self._geometry.cluster_bits
+            raise self._mapping.corrupt(start, table.words[index], "is not valid")
+        if kind == COMPRESSED:
+            return False
+        entry = table.entry(index)
+        bitmap = entry >> BITMAP_SHIFT
+        there, zeros = subclusters.allocated(bitmap), subclusters.zero(bitmap)
+        if trim:
+            mask &= there
+        there &= ~mask
+        if trim and cluster << self._geometry.cluster_bits >= self._backing_size:
+            zeros &= ~mask
+        else:
+            zeros |= mask
+        wanted = zeros << subclusters.COUNT | there
+        if wanted == bitmap:
+            return True
+        word = entry & WORD_MASK if there else 0
+        if there:
+            # whether its link is in the file is for the commit to say
+            kind = _OWNED.get(kind, kind)
+            kind = kind if kind < NORMAL else kind - WHOLE
+        elif zeros:
+            kind = ZERO if zeros == subclusters.ALL else SPLIT_UNPLACED
+        else:
+            kind = UNALLOCATED
+        self._allocator.busy.enter(cluster)
+        table.users += 1
+        try:
+            freed = [] if there else self._allocator.named(table, index, 1)
+            survives = await self._commit.change(
+                table,
+                index,
+                array("Q", [word]),
+                kind,
+                hold=False,
+                bitmaps=array("Q", [wanted]),
+            )
+            for host_offset, length in freed:
+                self._commit.free(host_offset, length)
+        finally:
+            table.users -= 1
+            self._allocator.busy.leave(cluster)
+        if not survives:
+            await self._commit.flush()
+        return True
 
     def _count(
         self, table: Table, index: int, cluster: int, most: int, *, trim: bool

@@ -3,6 +3,11 @@
 An L2 table in memory keeps two things for each entry: the word as the format
 spells it, and its kind, one byte. The kinds are ordered so that the hot path
 asks one comparison: from `NORMAL` on, the word names a readable host cluster.
+
+With extended L2 entries (`subclusters.py`) there is a third thing, the bitmap. It
+has to be asked only where the subclusters of a cluster differ: that is what the kinds from
+`SPLIT_UNPLACED` to `SPLIT_OWNED` say. Where an entry is a single number, the bitmap stands
+in its upper 64 bits, so that an entry without one is its word.
 """
 
 from typing import Final, Protocol
@@ -19,15 +24,29 @@ ZERO_ALLOCATED: Final = 3
 COMPRESSED: Final = 4
 #: Contradicts the specification: reading or writing it is EIO.
 BAD: Final = 5
+#: Some subclusters read as zeros, others are left to the backing file; no host cluster.
+SPLIT_UNPLACED: Final = 6
+#: A host cluster of which not all subclusters are there; the next four are to it what
+#: those from `NORMAL` on are to a whole one (see `WHOLE`).
+SPLIT: Final = 7
+SPLIT_SHARED: Final = 8
+SPLIT_UNPUBLISHED: Final = 9
+SPLIT_OWNED: Final = 10
 #: A plain host cluster; who else uses it has not been looked up yet.
-NORMAL: Final = 6
+NORMAL: Final = 11
 #: A plain host cluster that others use too: copied before it is written.
-SHARED: Final = 7
+SHARED: Final = 12
 #: A plain host cluster of this entry alone whose link is not in the file yet: written
 #: in place, and acknowledged after the next commit.
-UNPUBLISHED: Final = 8
+UNPUBLISHED: Final = 13
 #: A plain host cluster of this entry alone: written in place.
-OWNED: Final = 9
+OWNED: Final = 14
+
+#: From a kind of split cluster to that of a whole one with the same users.
+WHOLE: Final = NORMAL - SPLIT
+#: Where the bitmap of an entry begins that is a single number.
+BITMAP_SHIFT: Final = 64
+WORD_MASK: Final = (1 << BITMAP_SHIFT) - 1
 
 
 class EntryCodec(Protocol):
@@ -35,9 +54,9 @@ class EntryCodec(Protocol):
 
     Attributes:
         l1_offset_mask: The bits of an L1 entry that are the table's offset.
-        l2_offset_mask: The bits of an L2 entry of kind `NORMAL` or later, or
+        l2_offset_mask: The bits of an L2 entry of kind `SPLIT` or later, or
             `ZERO_ALLOCATED`, that are the cluster's offset.
-        zero_word: The entry of a cluster that reads as zeros without having a
+        zero_entry: The entry of a cluster that reads as zeros without having a
             host cluster; None if the format can't say that.
         compressed_flag: The bit of an L2 entry that names compressed data.
     """
@@ -51,15 +70,15 @@ class EntryCodec(Protocol):
         """See the class."""
 
     @property
-    def zero_word(self) -> int | None:
+    def zero_entry(self) -> int | None:
         """See the class."""
 
     @property
     def compressed_flag(self) -> int:
         """See the class."""
 
-    def classify(self, word: int) -> int:
-        """Return the kind of an L2 entry, as far as the word itself tells."""
+    def classify(self, word: int, bitmap: int = 0) -> int:
+        """Return the kind of an L2 entry, as far as the entry itself tells."""
 
     def l1_is_valid(self, word: int) -> bool:
         """Return whether an L1 entry obeys the specification."""

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from nbdserve.formats.mapped.subclusters import SUBCLUSTER_BITS
+
 
 @dataclass(slots=True)
 class Geometry:
@@ -15,6 +17,7 @@ class Geometry:
         l2_bits: log2 of the entries in an L2 table.
         l1_offset: Where the L1 table is in the file.
         l1_entries: Entries of the L1 table.
+        extended: Whether L2 entries have a bitmap of subclusters (16 bytes, not 8).
     """
 
     size: int
@@ -22,6 +25,7 @@ class Geometry:
     l2_bits: int
     l1_offset: int
     l1_entries: int
+    extended: bool = False
 
     @property
     def cluster_size(self) -> int:
@@ -36,7 +40,12 @@ class Geometry:
     @property
     def l2_bytes(self) -> int:
         """Bytes of an L2 table."""
-        return 8 << self.l2_bits
+        return (16 if self.extended else 8) << self.l2_bits
+
+    @property
+    def grain(self) -> int:
+        """Bytes of the smallest piece that an entry can speak of: a subcluster or a cluster."""
+        return 1 << self.cluster_bits - (SUBCLUSTER_BITS if self.extended else 0)
 
     @property
     def table_bits(self) -> int:

@@ -10,7 +10,7 @@ from nbdserve.block.extents import Extent
 from nbdserve.errors import RequestError
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.discard import Discarder
-from nbdserve.formats.mapped.entries import NORMAL
+from nbdserve.formats.mapped.entries import BITMAP_SHIFT, NORMAL, SPLIT, WORD_MASK
 from nbdserve.formats.mapped.inflate import Decompress, Inflater
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts, Space
@@ -54,9 +54,9 @@ class MappedImage(BlockDevice):
         geometry = parts.geometry
         self.size = geometry.size
         self.read_only = space is None
-        self.preferred_block = max(geometry.cluster_size, 4096)
+        self.preferred_block = max(geometry.grain, 4096)
         self.can_trim = space is not None
-        self.can_fast_zero = parts.codec.zero_word is not None or not parts.backing
+        self.can_fast_zero = parts.codec.zero_entry is not None or not parts.backing
         self.notes = []
         self._parts = parts
         self._space = space
@@ -141,14 +141,21 @@ class MappedImage(BlockDevice):
         )
 
     def hosts(self, links: list[Link]) -> list[int]:
-        """Return the host offset of each plain cluster that links name."""
-        codec = self._parts.codec
-        words = [link.word for link in links]
-        return [
-            word & codec.l2_offset_mask
-            for word in words
-            if codec.classify(word) == NORMAL
+        """Return the host offset of each plain cluster that links bring in.
+
+        Where only subclusters are others, it is there already.
+        """
+        named = [
+            (self._host(link.entry_in_file), self._host(link.entry)) for link in links
         ]
+        return [new for old, new in named if new not in (None, old)]
+
+    def _host(self, entry: int) -> int | None:
+        """Return the host offset of the plain cluster that an entry names, if it does."""
+        codec = self._parts.codec
+        word = entry & WORD_MASK
+        kind = codec.classify(word, entry >> BITMAP_SHIFT)
+        return word & codec.l2_offset_mask if kind in (NORMAL, SPLIT) else None
 
     async def replay(self, links: list[Link], unnamed: set[int] | None = None) -> int:
         """Link what a killed server had acknowledged and not linked yet.

@@ -3,12 +3,16 @@
 from typing import NamedTuple
 
 from nbdserve.errors import ImageCorruptError
+from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.mapped.entries import (
     BAD,
     COMPRESSED,
     NORMAL,
+    SPLIT_UNPLACED,
     UNALLOCATED,
     UNKNOWN,
+    WHOLE,
+    ZERO,
     ZERO_ALLOCATED,
 )
 from nbdserve.formats.mapped.parts import Parts
@@ -19,7 +23,8 @@ class Run(NamedTuple):
     """A guest range in which everything is alike.
 
     Attributes:
-        kind: As in `entries.py`.
+        kind: As in `entries.py`. Never a split cluster: that is several runs, of kinds
+            `UNALLOCATED`, `ZERO`, `ZERO_ALLOCATED`, and from `NORMAL` on.
         length: Bytes.
         host_offset: Where the range begins in the file, for kinds from `NORMAL` on
             and for `ZERO_ALLOCATED`; otherwise 0.
@@ -51,7 +56,8 @@ class Mapping:
         """Return the kind of an entry, which is looked at if it was not yet."""
         kind = table.kinds[index]
         if kind == UNKNOWN:
-            kind = self._codec.classify(table.words[index])
+            bitmap = table.bitmaps[index] if table.bitmaps is not None else 0
+            kind = self._codec.classify(table.words[index], bitmap)
             table.kinds[index] = kind
         return kind
 
@@ -74,6 +80,8 @@ class Mapping:
         kind = self.kind(table, index)
         word = table.words[index]
         within = guest_offset & (self._cluster_size - 1)
+        if SPLIT_UNPLACED <= kind < NORMAL:
+            return self._split_run(table, index, within, end - guest_offset)
         # clusters from here to the end of the range or of the table
         most = min(
             ((end - 1) >> self._cluster_bits) - (guest_offset >> self._cluster_bits),
@@ -85,6 +93,23 @@ class Mapping:
         if kind >= NORMAL or kind == ZERO_ALLOCATED:
             host_offset = (word & self._codec.l2_offset_mask) + within
         return Run(kind, length, host_offset, word)
+
+    def _split_run(self, table: Table, index: int, within: int, most: int) -> Run:
+        """Describe subclusters that are alike, within one cluster."""
+        word, kind = table.words[index], table.kinds[index]
+        bits = self._cluster_bits - subclusters.SUBCLUSTER_BITS
+        first = within >> bits
+        bitmap = table.bitmaps[index] if table.bitmaps is not None else 0
+        here, zeros, count = subclusters.alike(bitmap, first)
+        length = min((first + count << bits) - within, most)
+        host_offset = (word & self._codec.l2_offset_mask) + within
+        if here:
+            return Run(kind + WHOLE, length, host_offset, word)
+        if not zeros:
+            return Run(UNALLOCATED, length, 0, word)
+        if kind == SPLIT_UNPLACED:
+            return Run(ZERO, length, 0, word)
+        return Run(ZERO_ALLOCATED, length, host_offset, word)
 
     def alike(self, table: Table, index: int, kind: int, most: int) -> int:
         """Return how many entries from `index` on are of `kind` and, if mapped, contiguous."""

@@ -16,19 +16,29 @@ An L2 table moves with the gate closed and no word held, so that nothing of it c
 """
 
 from array import array
+from typing import Final
 
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.entries import (
+    BITMAP_SHIFT,
     NORMAL,
     OWNED,
     SHARED,
+    SPLIT,
+    SPLIT_OWNED,
+    UNKNOWN,
+    WHOLE,
+    WORD_MASK,
     ZERO,
     ZERO_ALLOCATED,
 )
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.pool import Grant
-from nbdserve.formats.mapped.tables import Table, encode_words
+from nbdserve.formats.mapped.tables import Table, encode_entries
+
+#: Plain clusters that are ours alone, as far as is known.
+_MOVABLE: Final = (NORMAL, OWNED, SPLIT, SPLIT_OWNED)
 
 
 class Mover:
@@ -104,7 +114,7 @@ class Mover:
             expected = host_offset + each * size
             if (
                 guest_cluster + each in self._allocator.busy
-                or self._mapping.kind(table, index + each) not in (NORMAL, OWNED)
+                or self._mapping.kind(table, index + each) not in _MOVABLE
                 or table.words[index + each] & self._mask != expected
                 or self._commit.holds(table, index + each)
             ):
@@ -121,7 +131,9 @@ class Mover:
         for each in clusters:
             busy.enter(each)
         table.users += 1
-        table.kinds[index : index + count] = bytes((SHARED,)) * count
+        for position in range(index, index + count):
+            split = table.kinds[position] < NORMAL
+            table.kinds[position] = SHARED - WHOLE if split else SHARED
         try:
             # who writes in place goes on until here, and nobody begins
             await self._parts.pins.drained()
@@ -129,7 +141,14 @@ class Mover:
             replaced = self._allocator.named(table, index, count)
             first = self._parts.codec.link(grant.host_offset)
             words = array("Q", range(first, first + count * size, size))
-            await self._commit.change(table, index, words, OWNED, hold=True)
+            bitmaps, kind = None, OWNED
+            if table.bitmaps is not None:
+                bitmaps = table.bitmaps[index : index + count]
+                # which of them are split is looked at again
+                kind = UNKNOWN
+            await self._commit.change(
+                table, index, words, kind, hold=True, bitmaps=bitmaps
+            )
             for old_offset, length in replaced:
                 self._commit.free(old_offset, length)
         except BaseException:
@@ -183,9 +202,9 @@ class Mover:
         l2_bits = self._geometry.l2_bits
         table = await self._allocator.table_for_change(guest_cluster >> l2_bits)
         index = guest_cluster & (1 << l2_bits) - 1
-        word = self._parts.codec.zero_word
+        entry = self._parts.codec.zero_entry
         if (
-            word is None
+            entry is None
             or guest_cluster in self._allocator.busy
             or self._mapping.kind(table, index) != ZERO_ALLOCATED
             or table.words[index] & self._mask != host_offset
@@ -194,8 +213,14 @@ class Mover:
         self._allocator.busy.enter(guest_cluster)
         table.users += 1
         try:
-            words = array("Q", [word])
-            await self._commit.change(table, index, words, ZERO, hold=False)
+            await self._commit.change(
+                table,
+                index,
+                array("Q", [entry & WORD_MASK]),
+                ZERO,
+                hold=False,
+                bitmaps=array("Q", [entry >> BITMAP_SHIFT]),
+            )
             self._commit.free(host_offset, self._geometry.cluster_size)
         finally:
             table.users -= 1
@@ -245,7 +270,7 @@ class Mover:
         table.users += 1
         try:
             await self._parts.storage.write(
-                grant.host_offset, encode_words(table.words)
+                grant.host_offset, encode_entries(table.words, table.bitmaps)
             )
             await self._commit.barrier()
             word = array("Q", [self._parts.codec.link(grant.host_offset)])

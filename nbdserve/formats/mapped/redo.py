@@ -20,9 +20,12 @@ import zlib
 from pathlib import Path
 from typing import Final, NamedTuple
 
-# guest cluster, word in the file, new word, sequence, CRC-32 of the rest, padding
-_RECORD: Final = struct.Struct("<QQQQII")
-_MAGIC: Final = b"nbdserve redo 1\n"
+from nbdserve.formats.mapped.entries import BITMAP_SHIFT, WORD_MASK
+
+# guest cluster, word and bitmap in the file, new word and bitmap, sequence, CRC-32 of
+# the rest, padding; entries that are not extended have no bitmap
+_RECORD: Final = struct.Struct("<QQQQQQII")
+_MAGIC: Final = b"nbdserve redo 2\n"
 #: Where the sequence number stands up to which all records are dead. It is
 #: overwritten in place, which needs no space and so can't fail on a full tmpfs.
 _DEAD: Final = struct.Struct("<Q")
@@ -39,11 +42,14 @@ _SLACK_NS: Final = 10 * 10**9
 
 
 class Link(NamedTuple):
-    """An acknowledged change of an L2 entry that may be missing in the file."""
+    """An acknowledged change of an L2 entry that may be missing in the file.
+
+    Entries are single numbers (see `entries.py`).
+    """
 
     guest_cluster: int
-    word_in_file: int
-    word: int
+    entry_in_file: int
+    entry: int
 
 
 def _boot_id() -> bytes:
@@ -55,8 +61,14 @@ def _head() -> bytes:
 
 
 def _pack(guest_cluster: int, old: int, new: int, sequence: int) -> bytes:
-    body = _RECORD.pack(guest_cluster, old, new, sequence, 0, 0)
-    return _RECORD.pack(guest_cluster, old, new, sequence, zlib.crc32(body), 0)
+    entries = (
+        old & WORD_MASK,
+        old >> BITMAP_SHIFT,
+        new & WORD_MASK,
+        new >> BITMAP_SHIFT,
+    )
+    body = _RECORD.pack(guest_cluster, *entries, sequence, 0, 0)
+    return _RECORD.pack(guest_cluster, *entries, sequence, zlib.crc32(body), 0)
 
 
 class RedoLog:
@@ -82,9 +94,9 @@ class RedoLog:
         os.pwrite(self._fd, _head() + _DEAD.pack(0), 0)
         self._first = self._end = len(_head()) + _DEAD.size
 
-    def link(self, guest_cluster: int, word_in_file: int, word: int) -> bool:
+    def link(self, guest_cluster: int, entry_in_file: int, entry: int) -> bool:
         """Record a change before it is acknowledged; False if that failed."""
-        record = _pack(guest_cluster, word_in_file, word, self.sequence + 1)
+        record = _pack(guest_cluster, entry_in_file, entry, self.sequence + 1)
         try:
             if os.pwrite(self._fd, record, self._end) != len(record):
                 return False
@@ -197,7 +209,9 @@ def read_leftover(path: Path, image_mtime_ns: int) -> Leftover:
     end = len(data) - (len(data) - first) % _RECORD.size
     for position in range(first, end, _RECORD.size):
         record = data[position : position + _RECORD.size]
-        guest_cluster, old, new, sequence, _, _ = _RECORD.unpack(record)
+        guest_cluster, *entries, sequence, _, _ = _RECORD.unpack(record)
+        old = entries[1] << BITMAP_SHIFT | entries[0]
+        new = entries[3] << BITMAP_SHIFT | entries[2]
         if _pack(guest_cluster, old, new, sequence) != record:
             break
         links[guest_cluster] = (sequence, Link(guest_cluster, old, new))

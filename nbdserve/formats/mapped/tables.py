@@ -10,7 +10,12 @@ from array import array
 from typing import TYPE_CHECKING
 
 from nbdserve.errors import ImageCorruptError
-from nbdserve.formats.mapped.entries import UNALLOCATED, EntryCodec
+from nbdserve.formats.mapped.entries import (
+    BITMAP_SHIFT,
+    UNALLOCATED,
+    WORD_MASK,
+    EntryCodec,
+)
 from nbdserve.formats.mapped.geometry import Geometry
 from nbdserve.formats.mapped.waits import Pins, Turnstile
 from nbdserve.storage.base import Storage
@@ -35,6 +40,24 @@ def encode_words(words: "array[int]") -> bytes:
     return words.tobytes()
 
 
+def encode_entries(words: "array[int]", bitmaps: "array[int] | None") -> bytes:
+    """Return L2 entries as they are in the file; `bitmaps` are those of extended ones."""
+    if bitmaps is None:
+        return encode_words(words)
+    both = array("Q", bytes(16 * len(words)))
+    both[0::2] = words
+    both[1::2] = bitmaps
+    return encode_words(both)
+
+
+def decode_entries(
+    data: bytes | bytearray | memoryview, *, extended: bool
+) -> "tuple[array[int], array[int] | None]":
+    """Return the words of L2 entries, and the bitmaps of extended ones."""
+    words = decode_words(data)
+    return (words[0::2], words[1::2]) if extended else (words, None)
+
+
 class Table:
     """One L1 or L2 table.
 
@@ -42,6 +65,7 @@ class Table:
         number: The L1 index of an L2 table, -1 for the L1 table itself.
         host_offset: Where it is in the file.
         words: Its entries as the format spells them.
+        bitmaps: The other half of each entry, if these are extended L2 entries.
         kinds: What each entry means (`entries.py`), 0 for "not looked at yet".
         owned: Whether it is known that this table is reached by one L1 entry of the
             active disk alone, so that it may be changed in place.
@@ -52,6 +76,7 @@ class Table:
     """
 
     __slots__ = (
+        "bitmaps",
         "held",
         "host_offset",
         "kinds",
@@ -62,11 +87,18 @@ class Table:
         "words",
     )
 
-    def __init__(self, number: int, host_offset: int, words: "array[int]") -> None:
-        """Begin with nothing known of the entries but that zeros map nothing."""
+    def __init__(
+        self,
+        number: int,
+        host_offset: int,
+        words: "array[int]",
+        bitmaps: "array[int] | None" = None,
+    ) -> None:
+        """Begin with nothing known of the entries."""
         self.number = number
         self.host_offset = host_offset
         self.words = words
+        self.bitmaps = bitmaps
         self.kinds = bytearray(len(words))
         self.owned = False
         self.users = 0
@@ -74,12 +106,33 @@ class Table:
         self.held = 0
 
     @classmethod
-    def empty(cls, number: int, host_offset: int, entries: int) -> "Table":
+    def empty(
+        cls, number: int, host_offset: int, entries: int, *, extended: bool = False
+    ) -> "Table":
         """Return a table of the caller's own that maps nothing."""
-        table = cls(number, host_offset, array("Q", bytes(8 * entries)))
+        words = array("Q", bytes(8 * entries))
+        table = cls(number, host_offset, words, words[:] if extended else None)
         table.kinds = bytearray([UNALLOCATED]) * entries
         table.owned = True
         return table
+
+    def entry(self, index: int) -> int:
+        """Return an entry as a single number (see `entries.py`)."""
+        if self.bitmaps is None:
+            return self.words[index]
+        return self.bitmaps[index] << BITMAP_SHIFT | self.words[index]
+
+    def place(self, index: int) -> int:
+        """Return where in the file an entry is."""
+        return self.host_offset + index * (8 if self.bitmaps is None else 16)
+
+    def encode(self, entries: "list[int]") -> bytes:
+        """Return entries, each a single number, as they are in the file."""
+        if self.bitmaps is None:
+            return encode_words(array("Q", entries))
+        words = array("Q", [entry & WORD_MASK for entry in entries])
+        bitmaps = array("Q", [entry >> BITMAP_SHIFT for entry in entries])
+        return encode_entries(words, bitmaps)
 
 
 class Tables:
@@ -110,8 +163,8 @@ class Tables:
         self._codec = codec
         self._pins = pins
         self._loading: Turnstile[int] = Turnstile()
-        # 8 bytes a word and one its kind
-        self._capacity = max(1, limit // (geometry.l2_entries * 9))
+        # what the file has, and a byte for the kind of each entry
+        self._capacity = max(1, limit // (geometry.l2_bytes + geometry.l2_entries))
 
     async def load(self, number: int) -> Table | None:
         """Return L2 table `number`, or None if the L1 entry is empty.
@@ -135,7 +188,7 @@ class Tables:
             host_offset = self._checked_offset(number, word)
             self._loading.enter(number)
             try:
-                table = Table(number, host_offset, await self._read(host_offset))
+                table = Table(number, host_offset, *await self._read(host_offset))
                 if self.l1.words[number] == word:
                     self.add(table)
                     return table
@@ -188,7 +241,7 @@ class Tables:
             f"{self._storage.name}: L1 entry {number} ({word:#018x}) {problem}"
         )
 
-    async def _read(self, host_offset: int) -> "array[int]":
+    async def _read(self, host_offset: int) -> "tuple[array[int], array[int] | None]":
         data = bytearray(self._geometry.l2_bytes)
         view = memoryview(data)
         if not self._storage.try_read(host_offset, view):
@@ -197,4 +250,4 @@ class Tables:
                 await self._storage.read(host_offset, view)
             finally:
                 self._pins.leave(generation)
-        return decode_words(data)
+        return decode_entries(data, extended=self._geometry.extended)

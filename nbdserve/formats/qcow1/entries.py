@@ -13,15 +13,15 @@ class Qcow1Entries:
 
     l1_offset_mask = (1 << 64) - 1
     l2_offset_mask = (1 << 64) - 1
-    zero_word = None
     compressed_flag = _COMPRESSED_FLAG
+    zero_entry = None
 
     def __init__(self, cluster_bits: int) -> None:
         """`cluster_bits` is log2 of the cluster size."""
         self._size_shift = 63 - cluster_bits
         self._size_mask = (1 << cluster_bits) - 1
 
-    def classify(self, word: int) -> int:
+    def classify(self, word: int, bitmap: int = 0) -> int:
         """Return the kind of an L2 entry."""
         if not word:
             return UNALLOCATED

@@ -26,7 +26,7 @@ from nbdserve.formats.qcow2.compressed_move import CompressedMover
 from nbdserve.formats.qcow2.entries import COMPRESSED_FLAG, OFFSET_MASK
 from nbdserve.formats.qcow2.snapshots import judged, read_snapshots
 from nbdserve.formats.qcow2.structure import Structure
-from nbdserve.formats.qcow2.tree import read_words
+from nbdserve.formats.qcow2.tree import read_entries, read_words
 from nbdserve.formats.qcow2.walk import runs
 
 #: Bytes moved at once: copying them takes less than a millisecond of the loop.
@@ -343,14 +343,13 @@ class Compaction:
         """Refuse an image of which a snapshot names clusters that count as free."""
         header, storage = self._structure.header, self._parts.storage
         snapshots, _ = await read_snapshots(storage, header)
-        entries = self._parts.geometry.l2_entries
         for snapshot in snapshots:
             judged(replace(snapshot, disk_size=0), header, storage.size)
             l1 = await read_words(storage, snapshot.l1_table_offset, snapshot.l1_size)
             for word in l1:
                 if not word:
                     continue
-                words = await read_words(storage, word & OFFSET_MASK, entries)
+                words, _ = await read_entries(self._parts, word & OFFSET_MASK)
                 for _, host_offset, clusters, _ in self._named(words):
                     first = host_offset >> self._bits
                     start = max(first - low, 0)
@@ -383,9 +382,8 @@ class Compaction:
         table = self._parts.tables.cached.get(number)
         if table is not None:
             return table.words[:]
-        return await read_words(
-            self._parts.storage, word & OFFSET_MASK, self._parts.geometry.l2_entries
-        )
+        words, _ = await read_entries(self._parts, word & OFFSET_MASK)
+        return words
 
     # -- the moves
 

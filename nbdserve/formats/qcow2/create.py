@@ -8,12 +8,13 @@ a thread.
 
 import errno
 import os
-import sys
 from array import array
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from nbdserve.errors import ConfigError, ImageFormatError
+from nbdserve.formats.mapped import subclusters
+from nbdserve.formats.mapped.tables import encode_entries, encode_words
 from nbdserve.formats.qcow2.extensions import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_FEATURE_NAMES,
@@ -21,11 +22,13 @@ from nbdserve.formats.qcow2.extensions import (
 )
 from nbdserve.formats.qcow2.header import (
     CURRENT_LENGTH,
+    INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
     MAX_L1_BYTES,
     MAX_REFCOUNT_TABLE_BYTES,
     MIN_CLUSTER_BITS,
+    MIN_EXTENDED_L2_CLUSTER_BITS,
     V2_LENGTH,
     Header,
     encode_header,
@@ -52,6 +55,7 @@ class Options:
         backing_format: Its format.
         preallocate: Whether every cluster of the disk gets its place, with
             storage reserved by fallocate.
+        extended_l2: Whether clusters, of 16 KiB at least, have subclusters.
     """
 
     cluster_size: int = DEFAULT_CLUSTER_SIZE
@@ -60,6 +64,7 @@ class Options:
     backing_name: bytes | None = None
     backing_format: str | None = None
     preallocate: bool = False
+    extended_l2: bool = False
 
     def __post_init__(self) -> None:
         """Judge every choice.
@@ -84,6 +89,13 @@ class Options:
                 f"refcount bits {self.refcount_bits}: version 2 has 16, others need"
                 " compat 3"
             )
+        if self.extended_l2 and self.version < 3:
+            raise ConfigError("extended L2 entries need compat 3")
+        if self.extended_l2 and self.cluster_size < 1 << MIN_EXTENDED_L2_CLUSTER_BITS:
+            raise ConfigError(
+                f"cluster size {self.cluster_size}: with extended L2 entries at least"
+                f" {1 << MIN_EXTENDED_L2_CLUSTER_BITS} (16K)"
+            )
         if self.backing_name is not None and self.preallocate:
             raise ConfigError(
                 "preallocation hides the backing file: choose one of the two"
@@ -93,6 +105,27 @@ class Options:
                 f"the backing file name has {len(self.backing_name or b'')} bytes: at"
                 f" most {MAX_BACKING_NAME}"
             )
+
+    @property
+    def l2_entries(self) -> int:
+        """Entries of an L2 table."""
+        return self.cluster_size // (16 if self.extended_l2 else 8)
+
+    def l1_entries(self, size: int) -> int:
+        """Return how many L1 entries map `size` bytes of disk.
+
+        Raises:
+            ConfigError: More than an L1 table can have.
+        """
+        bits = self.cluster_size.bit_length() - 1
+        entries = l1_entries_for(size, bits, extended=self.extended_l2)
+        if entries * 8 > MAX_L1_BYTES:
+            limit = MAX_L1_BYTES // 8 * self.l2_entries * self.cluster_size
+            raise ConfigError(
+                f"{size} bytes are too many for clusters of {self.cluster_size} bytes:"
+                f" at most {limit}; take larger clusters"
+            )
+        return entries
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,13 +153,7 @@ def _ceil_div(dividend: int, divisor: int) -> int:
 
 def _lay_out(size: int, options: Options) -> _Layout:
     cluster_size = options.cluster_size
-    l1_entries = l1_entries_for(size, cluster_size.bit_length() - 1)
-    if l1_entries * 8 > MAX_L1_BYTES:
-        limit = MAX_L1_BYTES // 8 * (cluster_size // 8) * cluster_size
-        raise ConfigError(
-            f"{size} bytes are too many for clusters of {cluster_size} bytes: at most"
-            f" {limit}; take larger clusters"
-        )
+    l1_entries = options.l1_entries(size)
     l1 = _ceil_div(l1_entries * 8, cluster_size)
     l2 = l1_entries if options.preallocate else 0
     data = _ceil_div(size, cluster_size) if options.preallocate else 0
@@ -182,7 +209,8 @@ def write_image(fd: int, size: int, options: Options) -> None:
         _write_words(
             fd, header.l1_table_offset, flag | l2_offset, header.l1_size, header
         )
-        _write_words(fd, l2_offset, flag | data_offset, layout.data, header)
+        bitmap = subclusters.ALL if options.extended_l2 else None
+        _write_words(fd, l2_offset, flag | data_offset, layout.data, header, bitmap)
         _reserve(fd, data_offset, layout.data * cluster_size)
 
 
@@ -200,23 +228,33 @@ def _header(size: int, options: Options, layout: _Layout) -> Header:
         backing_name=options.backing_name,
         cluster_bits=cluster_bits,
         size=size,
-        l1_size=l1_entries_for(size, cluster_bits),
+        l1_size=options.l1_entries(size),
         l1_table_offset=l1_clusters_before * cluster_size if layout.l1 else 0,
         refcount_table_offset=cluster_size,
         refcount_table_clusters=layout.refcount_table,
         refcount_order=options.refcount_bits.bit_length() - 1,
+        incompatible_features=INCOMPATIBLE_EXTENDED_L2 if options.extended_l2 else 0,
         header_length=V2_LENGTH if options.version == 2 else CURRENT_LENGTH,
         extensions=tuple(extensions),
     )
 
 
-def _write_words(fd: int, at: int, first_word: int, count: int, header: Header) -> None:
-    """Write `count` big-endian words, each one cluster further than the last."""
+def _write_words(
+    fd: int,
+    at: int,
+    first_word: int,
+    count: int,
+    header: Header,
+    bitmap: int | None = None,
+) -> None:
+    """Write `count` words, each one cluster further than the last; `bitmap` behind each."""
     step = header.cluster_size
-    for offset, words in _ranges(first_word, count, step):
-        if sys.byteorder == "little":
-            words.byteswap()
-        _write_all(fd, words.tobytes(), at + offset)
+    for index, words in _ranges(first_word, count, step):
+        if bitmap is None:
+            _write_all(fd, encode_words(words), at + 8 * index)
+        else:
+            bitmaps = array("Q", [bitmap]) * len(words)
+            _write_all(fd, encode_entries(words, bitmaps), at + 16 * index)
 
 
 def _ranges(first: int, count: int, step: int) -> Iterator[tuple[int, "array[int]"]]:
@@ -224,7 +262,7 @@ def _ranges(first: int, count: int, step: int) -> Iterator[tuple[int, "array[int
     for index in range(0, count, per_batch):
         number = min(per_batch, count - index)
         start = first + index * step
-        yield index * 8, array("Q", range(start, start + number * step, step))
+        yield index, array("Q", range(start, start + number * step, step))
 
 
 def _write_refcounts(fd: int, at: int, clusters: int, options: Options) -> None:

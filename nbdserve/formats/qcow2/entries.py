@@ -2,10 +2,14 @@
 
 from typing import Final
 
+from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.mapped.entries import (
     BAD,
+    BITMAP_SHIFT,
     COMPRESSED,
     NORMAL,
+    SPLIT,
+    SPLIT_UNPLACED,
     UNALLOCATED,
     ZERO,
     ZERO_ALLOCATED,
@@ -34,28 +38,31 @@ class Qcow2Entries:
 
     def __init__(self, version: int, cluster_bits: int) -> None:
         """`version` is 2 or 3."""
-        self.zero_word = ZERO_FLAG if version >= 3 else None
+        self.zero_entry: int | None = ZERO_FLAG if version >= 3 else None
         self._in_cluster = (1 << cluster_bits) - 1
         # Where the offset of compressed data ends and its sector count begins.
         self._size_shift = 62 - (cluster_bits - 8)
 
-    def classify(self, word: int) -> int:
+    def classify(self, word: int, bitmap: int = 0) -> int:
         """Return the kind of an L2 entry."""
         if not word:
             return UNALLOCATED
         if word & COMPRESSED_FLAG:
-            # A compressed cluster is never COPIED and lies below 2^56.
-            offset, _ = self.compressed_extent(word)
-            return BAD if word & COPIED or offset >> 56 or not offset else COMPRESSED
+            return self._classify_compressed(word)
         host_offset = word & OFFSET_MASK
         if word & _L2_RESERVED or host_offset & self._in_cluster:
             return BAD
         if word & ZERO_FLAG:
-            if self.zero_word is None:
+            if self.zero_entry is None:
                 return BAD
             return ZERO_ALLOCATED if host_offset else ZERO
         # The first cluster is the header: COPIED with no offset is no cluster, as in qemu.
         return NORMAL if host_offset else UNALLOCATED
+
+    def _classify_compressed(self, word: int) -> int:
+        # A compressed cluster is never COPIED and lies below 2^56.
+        offset, _ = self.compressed_extent(word)
+        return BAD if word & COPIED or offset >> 56 or not offset else COMPRESSED
 
     def l1_is_valid(self, word: int) -> bool:
         """Return whether an L1 entry obeys the specification."""
@@ -73,3 +80,34 @@ class Qcow2Entries:
         offset = word & ((1 << self._size_shift) - 1)
         sectors = ((word & (COMPRESSED_FLAG - 1)) >> self._size_shift) + 1
         return offset, sectors * 512 - (offset & 511)
+
+
+class ExtendedEntries(Qcow2Entries):
+    """The codec of an image with extended L2 entries.
+
+    They have no zero flag: that bit is reserved, and the bitmap says what reads as zeros.
+    """
+
+    def __init__(self, version: int, cluster_bits: int) -> None:
+        """`version` is 3."""
+        super().__init__(version, cluster_bits)
+        self.zero_entry = subclusters.ALL_ZERO << BITMAP_SHIFT
+
+    def classify(self, word: int, bitmap: int = 0) -> int:
+        """Return the kind of an L2 entry."""
+        if word & COMPRESSED_FLAG:
+            # it has no subclusters
+            return BAD if bitmap else self._classify_compressed(word)
+        host_offset = word & OFFSET_MASK
+        reserved = word & (_L2_RESERVED | ZERO_FLAG) or host_offset & self._in_cluster
+        if reserved or not subclusters.is_valid(bitmap):
+            return BAD
+        if not host_offset:
+            # neither a flag nor a subcluster makes sense without a place
+            misplaced = word or subclusters.allocated(bitmap)
+            return BAD if misplaced else _UNPLACED.get(bitmap, SPLIT_UNPLACED)
+        return _PLACED.get(bitmap, SPLIT)
+
+
+_UNPLACED: Final = {0: UNALLOCATED, subclusters.ALL_ZERO: ZERO}
+_PLACED: Final = {subclusters.ALL: NORMAL, subclusters.ALL_ZERO: ZERO_ALLOCATED}

@@ -540,10 +540,7 @@ def require_supported(header: Header) -> None:
     """
     missing = [
         FEATURE_NAMES[FEATURE_INCOMPATIBLE, bit]
-        for bit in _bits(
-            header.incompatible_features
-            & (INCOMPATIBLE_DATA_FILE | INCOMPATIBLE_EXTENDED_L2)
-        )
+        for bit in _bits(header.incompatible_features & INCOMPATIBLE_DATA_FILE)
     ]
     if header.crypt_method != CRYPT_NONE:
         missing.append(

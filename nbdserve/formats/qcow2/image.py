@@ -282,14 +282,14 @@ class Qcow2Image(MappedImage):
         start = geometry.align_up(old)
         await self._discarder.zero_piece(old, start)
         shown = min(size, backing_size)
-        zero_word = self._parts.codec.zero_word
-        if zero_word is None:
+        zero_entry = self._parts.codec.zero_entry
+        if zero_entry is None:
             # version 2 can only hide the backing file behind zeros that are data
             for offset in range(start, shown, geometry.cluster_size):
                 await self._writer.write(offset, bytes(geometry.cluster_size))
         async with self.structure() as structure:
-            if zero_word is not None:
-                await structure.zero_entries(start, shown, zero_word, table_for_change)
+            if zero_entry is not None:
+                await structure.zero_entries(start, shown, zero_entry, table_for_change)
                 await structure.commit.barrier()
             await self._set_size(structure, size)
             await self._store_resized(structure)

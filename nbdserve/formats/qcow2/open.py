@@ -26,7 +26,7 @@ from nbdserve.formats.mapped.waits import Pins
 from nbdserve.formats.qcow2.bitmaps import Bitmaps
 from nbdserve.formats.qcow2.check import check_image, unnamed_clusters
 from nbdserve.formats.qcow2.compacting_pool import CompactingPool
-from nbdserve.formats.qcow2.entries import OFFSET_MASK, Qcow2Entries
+from nbdserve.formats.qcow2.entries import OFFSET_MASK, ExtendedEntries, Qcow2Entries
 from nbdserve.formats.qcow2.header import (
     AUTOCLEAR_BITMAPS,
     AUTOCLEAR_OFFSET,
@@ -130,9 +130,10 @@ class Qcow2Driver:
         geometry = Geometry(
             header.disk_size,
             header.cluster_bits,
-            header.cluster_bits - 3,
+            header.cluster_bits - (4 if header.extended_l2 else 3),
             header.l1_table_offset,
             header.l1_size,
+            header.extended_l2,
         )
         l1 = await load_l1(storage, geometry)
         pins = Pins()
@@ -151,7 +152,8 @@ class Qcow2Driver:
             # to be as durable as the rest before anything is built on it, or flushed.
             await commit.barrier()
             space, bitmaps = await _open_space(storage, header, geometry, l1, commit)
-        codec = Qcow2Entries(header.version, header.cluster_bits)
+        spelling = ExtendedEntries if header.extended_l2 else Qcow2Entries
+        codec = spelling(header.version, header.cluster_bits)
         limit = self.options.table_cache
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
         parts = Parts(storage, storage, geometry, codec, tables, pins, backing)

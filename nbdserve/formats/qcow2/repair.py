@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 from nbdserve.formats.check_result import CheckResult
+from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.qcow2.check import (
     check_image,
     compare_refcounts,
@@ -236,23 +237,41 @@ class _Entries:
 
     def _l2(self, host_offset: int, guest: int, whose: str) -> Iterator[_Fix]:
         header = self.walk.header
-        words, _ = self.walk.l2_words(host_offset)
+        words, bitmaps = self.walk.l2_words(host_offset)
         for index, word in enumerate(words):
-            if not word:
+            bitmap = bitmaps[index] if bitmaps is not None else 0
+            if not word and not bitmap:
                 continue
             at = host_offset + index * header.l2_entry_size
             problem, better = self._judge(word)
+            fixed = self._nothing() if problem else (better,)
+            if bitmap and not problem:
+                problem, better_bitmap = self._judge_bitmap(better, bitmap)
+                fixed = better, better_bitmap
             if problem:
                 start = guest + index * header.cluster_size
                 span = f"bytes {start} to {start + header.cluster_size - 1}{whose}"
-                yield _Fix(at, self._nothing(), f"{span}: {problem}")
-            elif better != word:
-                yield _Fix(at, (better,), None)
+                yield _Fix(at, fixed, f"{span}: {problem}")
+            elif fixed not in ((word,), (word, bitmap)):
+                yield _Fix(at, fixed, None)
+
+    @staticmethod
+    def _judge_bitmap(word: int, bitmap: int) -> tuple[str, int]:
+        """Return what is wrong with a bitmap beyond repair, and its better value."""
+        if word & COMPRESSED:
+            # it belongs to no subcluster, and all data are there
+            return "", 0
+        there = subclusters.allocated(bitmap)
+        if there and not word & OFFSET_MASK:
+            lost = subclusters.zero(bitmap) | there
+            return "some of its subclusters have no place", lost << subclusters.COUNT
+        # What is zero and allocated at once: its bytes are there, so they are kept.
+        return "", subclusters.with_allocated(bitmap, there)
 
     def _nothing(self) -> tuple[int, ...]:
         """Return the words of a cluster that reads as zeros, if they can say that."""
         if self.walk.header.extended_l2:
-            return 0, 0xFFFF_FFFF << 32
+            return 0, subclusters.ALL_ZERO
         return (ZERO if self.walk.header.version > 2 else 0,)
 
     def _judge(self, word: int) -> tuple[str, int]:

@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Final
 
 from nbdserve.errors import ConfigError, ImageFormatError
-from nbdserve.formats.mapped.tables import encode_words
+from nbdserve.formats.mapped import subclusters
+from nbdserve.formats.mapped.tables import encode_entries, encode_words
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts, encode_block
 from nbdserve.formats.qcow2.create import Options
 from nbdserve.formats.qcow2.entries import COMPRESSED_FLAG, COPIED, ZERO_FLAG
@@ -32,12 +33,11 @@ from nbdserve.formats.qcow2.header import (
     COMPRESSION_ZSTD,
     CURRENT_LENGTH,
     INCOMPATIBLE_COMPRESSION_TYPE,
-    MAX_L1_BYTES,
+    INCOMPATIBLE_EXTENDED_L2,
     MAX_REFCOUNT_TABLE_BYTES,
     V2_LENGTH,
     Header,
     encode_header,
-    l1_entries_for,
 )
 from nbdserve.formats.regions import nonzero_runs
 from nbdserve.storage.base import Buffer, Storage
@@ -110,22 +110,17 @@ class SequentialWriter:
         self._options = options
         self.size = -(-size // 512) * 512
         self._bits = options.cluster_size.bit_length() - 1
-        self._entries = options.cluster_size // 8
+        self._entries = options.l2_entries
         self._size_shift = 62 - (self._bits - 8)
         self._most_references = (1 << options.refcount_bits) - 1
-        entries = l1_entries_for(self.size, self._bits)
-        if entries * 8 > MAX_L1_BYTES:
-            limit = MAX_L1_BYTES // 8 * self._entries * self.cluster_size
-            raise ConfigError(
-                f"{size} bytes are too many for clusters of {self.cluster_size} bytes:"
-                f" at most {limit}; take larger clusters"
-            )
+        entries = options.l1_entries(self.size)
         self._l1 = array("Q", bytes(8 * entries))
         self._counts = ClusterCounts()
         self._end = 0
         self._allocate(1 + self._clusters(8 * entries))
         self._table_number = -1
         self._table = array("Q")
+        self._bitmaps = array("Q")
         #: Where the next compressed cluster goes if it fits there.
         self._packed_end = 0
         self._gathered = bytearray()
@@ -177,8 +172,12 @@ class SequentialWriter:
             else:
                 await self._turn_to(first)
                 index = first % self._entries
-                words = array("Q", [ZERO_FLAG]) * count
-                self._table[index : index + count] = words
+                if self._options.extended_l2:
+                    bitmaps = array("Q", [subclusters.ALL_ZERO]) * count
+                    self._bitmaps[index : index + count] = bitmaps
+                else:
+                    words = array("Q", [ZERO_FLAG]) * count
+                    self._table[index : index + count] = words
             first += count
 
     async def finish(self) -> None:
@@ -233,6 +232,7 @@ class SequentialWriter:
         start, step = host << self._bits | COPIED, self.cluster_size
         words = array("Q", range(start, start + count * step, step))
         self._table[index : index + count] = words
+        self._bitmaps[index : index + count] = array("Q", [subclusters.ALL]) * count
         return host
 
     async def _turn_to(self, number: int) -> None:
@@ -241,13 +241,15 @@ class SequentialWriter:
         if wanted != self._table_number:
             await self._write_table()
             self._table_number = wanted
-            self._table = array("Q", bytes(self.cluster_size))
+            self._table = array("Q", bytes(8 * self._entries))
+            self._bitmaps = self._table[:]
 
     async def _write_table(self) -> None:
         if self._table_number < 0:
             return
         host_offset = self._allocate(1) << self._bits
-        await self._write(host_offset, encode_words(self._table))
+        bitmaps = self._bitmaps if self._options.extended_l2 else None
+        await self._write(host_offset, encode_entries(self._table, bitmaps))
         self._l1[self._table_number] = host_offset | COPIED
         self._table_number = -1
 
@@ -299,6 +301,9 @@ class SequentialWriter:
         if options.version > 2 and self.cluster_size > _NO_FEATURE_NAMES_UP_TO:
             extensions.append((EXTENSION_FEATURE_NAMES, encode_feature_names()))
         zstd_used = self.compression == "zstd"
+        incompatible = INCOMPATIBLE_COMPRESSION_TYPE if zstd_used else 0
+        if options.extended_l2:
+            incompatible |= INCOMPATIBLE_EXTENDED_L2
         return Header(
             version=options.version,
             backing_name=options.backing_name,
@@ -309,7 +314,7 @@ class SequentialWriter:
             refcount_table_offset=table_offset,
             refcount_table_clusters=table_clusters,
             refcount_order=options.refcount_bits.bit_length() - 1,
-            incompatible_features=INCOMPATIBLE_COMPRESSION_TYPE if zstd_used else 0,
+            incompatible_features=incompatible,
             compression_type=COMPRESSION_ZSTD if zstd_used else COMPRESSION_DEFLATE,
             header_length=V2_LENGTH if options.version == 2 else CURRENT_LENGTH,
             extensions=tuple(extensions),

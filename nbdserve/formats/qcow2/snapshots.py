@@ -22,7 +22,7 @@ from array import array
 from dataclasses import replace
 
 from nbdserve.errors import ConfigError, ImageError
-from nbdserve.formats.mapped.tables import encode_words
+from nbdserve.formats.mapped.tables import encode_entries, encode_words
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts
 from nbdserve.formats.qcow2.entries import OFFSET_MASK
 from nbdserve.formats.qcow2.header import (
@@ -41,7 +41,7 @@ from nbdserve.formats.qcow2.snapshot_table import (
     parse_snapshot_table,
 )
 from nbdserve.formats.qcow2.structure import Structure
-from nbdserve.formats.qcow2.tree import read_words, without_copied
+from nbdserve.formats.qcow2.tree import read_entries, read_words, without_copied
 from nbdserve.storage.base import Storage
 
 #: The lengths of a name and of an id are 16-bit fields; qemu keeps 255 bytes of a name.
@@ -267,12 +267,11 @@ class Snapshots:
     async def _clear_copied_below(self, l1: "array[int]") -> None:
         """Clear COPIED in tables of a snapshot, where it should be clear already."""
         changed = False
-        entries = self._parts.geometry.l2_entries
         for offset in sorted({word & OFFSET_MASK for word in l1} - {0}):
-            words = await read_words(self._storage, offset, entries)
+            words, bitmaps = await read_entries(self._parts, offset)
             cleared = without_copied(words)
             if cleared != words:
-                await self._storage.put(offset, encode_words(cleared))
+                await self._storage.put(offset, encode_entries(cleared, bitmaps))
                 changed = True
         if changed:
             self._parts.tables.cached.clear()

@@ -12,8 +12,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import replace
 
 from nbdserve.errors import ImageError
+from nbdserve.formats.mapped.entries import BITMAP_SHIFT, WORD_MASK
 from nbdserve.formats.mapped.parts import Parts, Space
-from nbdserve.formats.mapped.tables import Table, encode_words
+from nbdserve.formats.mapped.tables import Table, encode_entries, encode_words
 from nbdserve.formats.qcow2.entries import COPIED, OFFSET_MASK
 from nbdserve.formats.qcow2.header import (
     L1_GROUP_OFFSET,
@@ -26,6 +27,15 @@ from nbdserve.formats.qcow2.tree import Tree, data_runs, difference, without_cop
 
 #: From an L1 index to a table that no snapshot uses (`Allocator.table_for_change`).
 TableForChange = Callable[[int], Awaitable[Table]]
+
+
+def _both(
+    one: tuple[int, int] | None, other: tuple[int, int] | None
+) -> tuple[int, int] | None:
+    """Return the range from the first to the last of two, either of which may be None."""
+    if one is None or other is None:
+        return one or other
+    return min(one[0], other[0]), max(one[1], other[1])
 
 
 class Structure:
@@ -121,21 +131,35 @@ class Structure:
             raise ImageError(f"{self.parts.storage.name}: L1 entry {number} is gone")
         return table
 
-    async def rewrite(self, table: Table, words: "array[int]") -> None:
-        """Write those words of a table that are others now, in the file and in memory."""
+    async def rewrite(
+        self, table: Table, words: "array[int]", bitmaps: "array[int] | None" = None
+    ) -> None:
+        """Write those entries of a table that are others now, in the file and in memory.
+
+        Args:
+            table: What to change.
+            words: Its words.
+            bitmaps: Its bitmaps, if it has such and they change.
+        """
+        bitmaps = table.bitmaps if bitmaps is None else bitmaps
         changed = difference(table.words, words)
+        if bitmaps is not None and table.bitmaps is not None:
+            changed = _both(changed, difference(table.bitmaps, bitmaps))
         if changed is None:
             return
-        first, last = changed
+        first, end = changed[0], changed[1] + 1
         # what is read meanwhile must be this table, not another copy
         table.users += 1
         try:
-            data = encode_words(words[first : last + 1])
-            await self.parts.storage.put(table.host_offset + 8 * first, data)
+            part = None if bitmaps is None else bitmaps[first:end]
+            data = encode_entries(words[first:end], part)
+            await self.parts.storage.put(table.place(first), data)
         finally:
             table.users -= 1
         table.words[:] = words
-        table.kinds[first : last + 1] = bytes(last + 1 - first)
+        if bitmaps is not None:
+            table.bitmaps = bitmaps[:]
+        table.kinds[first:end] = bytes(end - first)
 
     # -- what lies beyond the end of the disk
 
@@ -160,9 +184,11 @@ class Structure:
             table = await table_for_change(number)
             index = (end >> geometry.cluster_bits) & geometry.l2_entries - 1
             self.tree.count_entries(counts, table.words[index:])
-            left = geometry.l2_entries - index
-            kept = table.words[:index] + array("Q", bytes(8 * left))
-            await self.rewrite(table, kept)
+            nothing = array("Q", bytes(8 * (geometry.l2_entries - index)))
+            bitmaps = table.bitmaps
+            if bitmaps is not None:
+                bitmaps = bitmaps[:index] + nothing
+            await self.rewrite(table, table.words[:index] + nothing, bitmaps)
             # copying the table has changed its entry
             words[number] = l1.words[number]
         await self.rewrite(l1, words)
@@ -173,14 +199,14 @@ class Structure:
         await self.pool.unshare(counts)
 
     async def zero_entries(
-        self, start: int, end: int, word: int, table_for_change: TableForChange
+        self, start: int, end: int, entry: int, table_for_change: TableForChange
     ) -> None:
         """Let empty whole clusters read as zeros where the backing file would show.
 
         Args:
             start: Bytes, a multiple of the cluster size; nothing is mapped from there on.
             end: Bytes.
-            word: The entry of a cluster of zeros.
+            entry: That of a cluster of zeros, as a single number.
             table_for_change: Returns an L2 table that no snapshot uses.
         """
         geometry = self.parts.geometry
@@ -191,8 +217,12 @@ class Structure:
             index = cluster & geometry.l2_entries - 1
             count = min(last - cluster, geometry.l2_entries - index)
             words = table.words[:]
-            words[index : index + count] = array("Q", [word]) * count
-            await self.rewrite(table, words)
+            words[index : index + count] = array("Q", [entry & WORD_MASK]) * count
+            bitmaps = None if table.bitmaps is None else table.bitmaps[:]
+            if bitmaps is not None:
+                bitmap = array("Q", [entry >> BITMAP_SHIFT])
+                bitmaps[index : index + count] = bitmap * count
+            await self.rewrite(table, words, bitmaps)
             cluster += count
 
     # -- the L1 table

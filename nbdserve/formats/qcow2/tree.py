@@ -14,7 +14,7 @@ from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.entries import BAD
 from nbdserve.formats.mapped.parts import Parts
 from nbdserve.formats.mapped.pool import Pool
-from nbdserve.formats.mapped.tables import decode_words
+from nbdserve.formats.mapped.tables import decode_entries, decode_words
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts
 from nbdserve.formats.qcow2.entries import COMPRESSED_FLAG, OFFSET_MASK
 from nbdserve.formats.qcow2.walk import runs
@@ -26,11 +26,24 @@ _NOT_COPIED = bytes(byte & 0x7F for byte in range(256))
 
 async def read_words(storage: Storage, host_offset: int, count: int) -> "array[int]":
     """Read `count` 64-bit words of a table."""
-    data = bytearray(8 * count)
+    return decode_words(await _read(storage, host_offset, 8 * count))
+
+
+async def read_entries(
+    parts: Parts, host_offset: int
+) -> "tuple[array[int], array[int] | None]":
+    """Read an L2 table: its words, and the bitmaps of extended entries."""
+    geometry = parts.geometry
+    data = await _read(parts.storage, host_offset, geometry.l2_bytes)
+    return decode_entries(data, extended=geometry.extended)
+
+
+async def _read(storage: Storage, host_offset: int, length: int) -> bytearray:
+    data = bytearray(length)
     view = memoryview(data)
     if not storage.try_read(host_offset, view):
         await storage.read(host_offset, view)
-    return decode_words(data)
+    return data
 
 
 def without_copied(words: "array[int]") -> "array[int]":
@@ -87,9 +100,7 @@ class Tree:
                 continue
             host_offset = self._table_offset(number, word)
             counts.add(host_offset >> geometry.cluster_bits, 1)
-            words = await read_words(
-                self._parts.storage, host_offset, geometry.l2_entries
-            )
+            words, _ = await read_entries(self._parts, host_offset)
             self.count_entries(counts, words)
             await asyncio.sleep(0)
         return counts
@@ -110,7 +121,10 @@ class Tree:
         return host_offset
 
     def count_entries(self, counts: ClusterCounts, words: "array[int]") -> None:
-        """Add what L2 entries name; raises as `count`."""
+        """Add what L2 entries name; raises as `count`.
+
+        Bitmaps of subclusters don't matter to that.
+        """
         geometry, codec = self._parts.geometry, self._parts.codec
         size, bits = geometry.cluster_size, geometry.cluster_bits
         for index, first, length in runs(words, size):

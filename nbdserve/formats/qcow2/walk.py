@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from nbdserve.errors import ImageCorruptError, ImageError
 from nbdserve.formats.check_result import CheckResult
+from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.qcow2.bitmap_directory import (
     BITMAP_TABLE_OFFSET_MASK,
     BITMAP_TABLE_RESERVED_MASK,
@@ -282,8 +283,8 @@ class Walk:
                 allocated += count
                 fragmented += int(follows not in (0, data))
                 follows = data + count * step
-            if bitmaps is not None:
-                self._subclusters(host_offset, start, length, words, bitmaps, use.total)
+        if bitmaps is not None:
+            self._subclusters(host_offset, words, bitmaps, use.total)
         self.result.allocated_clusters += allocated * use.active
         self.result.fragmented_clusters += fragmented * use.active
         self.result.compressed_clusters += compressed * use.active
@@ -355,20 +356,22 @@ class Walk:
     def _subclusters(
         self,
         host_offset: int,
-        start: int,
-        length: int,
         words: "array[int]",
         bitmaps: "array[int]",
         times: int,
     ) -> None:
-        for index in range(start, start + length):
-            bitmap = bitmaps[index]
-            if not words[index] & COMPRESSED and bitmap >> 32 & bitmap & 0xFFFF_FFFF:
-                self.result.corruption(
-                    f"L2 entry at {host_offset + index * 16:#x}: a subcluster is"
-                    " allocated and zero at once",
-                    times,
-                )
+        for index, bitmap in enumerate(bitmaps):
+            # the rest can't be wrong, or has been looked at
+            if not subclusters.allocated(bitmap) or words[index] & COMPRESSED:
+                continue
+            if not words[index] & OFFSET_MASK:
+                problem = "subclusters are allocated, and the cluster is not"
+            elif not subclusters.is_valid(bitmap):
+                problem = "a subcluster is allocated and zero at once"
+            else:
+                continue
+            at = host_offset + index * self.header.l2_entry_size
+            self.result.corruption(f"L2 entry at {at:#x}: {problem}", times)
 
     def _encryption_header(self) -> None:
         luks = self.header.extension(EXTENSION_LUKS)

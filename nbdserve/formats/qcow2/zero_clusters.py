@@ -10,7 +10,7 @@ anywhere:
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from nbdserve.errors import ImageCorruptError
+from nbdserve.errors import ImageCorruptError, ImageError
 from nbdserve.formats.mapped.tables import encode_words
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts
 from nbdserve.formats.qcow2.entries import (
@@ -50,6 +50,11 @@ class ZeroClusters:
             OSError: Something could not be written; what was done so far may stay.
         """
         structure = self._structure
+        if self._parts.geometry.extended:
+            raise ImageError(
+                f"{self._parts.storage.name}: version 2 does not have its extended L2"
+                " entries"
+            )
         paths, places = await self._tables()
         for table, number in places.items():
             await self._expand_table(table, number, paths[table])
