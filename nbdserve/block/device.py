@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from errno import EINVAL, ENOTSUP
 
 from nbdserve.block.extents import Extent
+from nbdserve.block.loan import Loan
 from nbdserve.errors import RequestError
 
 #: A range of a read buffer that is a hole: offset within the buffer, length.
@@ -67,6 +68,19 @@ class BlockDevice(ABC):
             The ranges of `buffer` known to be holes, in order; usually none.
             They are filled with zeros all the same.
         """
+
+    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+        """Lend the bytes of a range instead of copying them; see `loan.py`.
+
+        Args:
+            offset: Bytes; the range is on the disk.
+            length: Bytes.
+            for_good: Whether only a loan will do that need not be given back.
+
+        Returns:
+            None unless all of it is plain data in the page cache: then read it.
+        """
+        return None
 
     async def read(self, offset: int, length: int) -> bytes:
         """Return `length` bytes at `offset`."""

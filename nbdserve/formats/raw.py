@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
+from nbdserve.block.loan import Loan
 from nbdserve.errors import ConfigError, RequestError
 from nbdserve.storage.base import Storage
 
@@ -58,6 +59,12 @@ class RawImage(BlockDevice):
         if not self._storage.try_read(offset, buffer):
             await self._storage.read(offset, buffer)
         return ()
+
+    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+        """Lend the file's own pages: what is written there is the guest's."""
+        if not self._storage.is_cached(offset, length):
+            return None
+        return Loan([(self._storage, offset, length)])
 
     async def _read(self, offset: int, buffer: memoryview) -> None:
         if buffer and not self._storage.try_read(offset, buffer):

@@ -60,6 +60,11 @@ _REQ_ONE: Final = int(CommandFlag.REQ_ONE)
 _WRITE: Final = int(Command.WRITE)
 _BLOCK_STATUS: Final = int(Command.BLOCK_STATUS)
 _put_simple = SIMPLE_REPLY.pack_into
+#: Reads from this size on are lent, where that can be: copying 64 KiB into and out of a
+#: buffer takes 25 us, sending the pages themselves 8 (1 MiB: 210 and 30).
+_BORROW: Final = 64 << 10
+#: Longer ones would keep others waiting, if the peer takes them as fast as they are sent.
+_MOST_BORROWED: Final = 4 << 20
 
 
 @dataclass(slots=True)
@@ -154,7 +159,9 @@ class Session:
         self.bytes_in_flight = 0
 
     def read(self, flags: int, cookie: int, offset: int, length: int) -> None:
-        """Carry out NBD_CMD_READ. The data lands where it is sent from."""
+        """Carry out NBD_CMD_READ. The data lands where it is sent from, if it moves at all."""
+        if _BORROW <= length <= _MOST_BORROWED and self._borrow(cookie, offset, length):
+            return
         size = self._read_header + length
         buffer = self._outbox.reserve(size)
         start = buffer.position - size
@@ -190,6 +197,24 @@ class Session:
                 waits_for,
                 _Waiting(_READ, flags, cookie, offset, length, buffer, start),
             )
+
+    def _borrow(self, cookie: int, offset: int, length: int) -> bool:
+        """Answer a large read without copying; return whether that was possible."""
+        outbox = self._outbox
+        if not outbox.may_borrow or not outbox.empty:
+            return False
+        loan = self._device.lend(offset, length, for_good=outbox.for_good)
+        if loan is None:
+            return False
+        room = outbox.reserve(self._read_header)
+        start = room.position - self._read_header
+        if self._structured:
+            self._put_data_header(room.view, start, cookie, offset, length, done=True)
+        else:
+            _put_simple(room.view, start, SIMPLE_REPLY_MAGIC, 0, cookie)
+        outbox.send_loan(loan)
+        self.counters.bytes_read += length
+        return True
 
     def write(
         self, flags: int, cookie: int, offset: int, payload: memoryview, buffer: Buffer

@@ -10,7 +10,9 @@ path pays one system call, and knows exactly where it may be suspended:
             await storage.read(offset, view)
 """
 
+import os
 from abc import ABC, abstractmethod
+from errno import EOPNOTSUPP
 
 Buffer = bytes | bytearray | memoryview
 
@@ -122,6 +124,28 @@ class Storage(ABC):
         Cheap enough to be asked before a large read: 0 also means "not known".
         """
         return 0
+
+    def is_cached(self, offset: int, length: int) -> bool:
+        """Return whether a range is in the page cache, so that `send` would not wait.
+
+        False also means that `send` is not possible.
+        """
+        return False
+
+    def send(self, socket_fd: int, offset: int, length: int) -> int:
+        """Hand cached bytes to a non-blocking socket without copying them.
+
+        Returns:
+            How many bytes, 0 at the end of the file.
+
+        Raises:
+            BlockingIOError: The socket takes nothing now.
+        """
+        raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP), self.name)
+
+    def read_now(self, offset: int, view: memoryview) -> None:
+        """Fill `view`, waiting for the device if need be: for what is most likely cached."""
+        raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP), self.name)
 
     async def prefetch(self, offset: int, length: int) -> None:  # noqa: B027 -- a hint
         """Hint that a range will be read soon."""

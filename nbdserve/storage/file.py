@@ -24,6 +24,7 @@ from nbdserve.storage.base import Buffer, Storage
 from nbdserve.storage.executor import Call, run
 from nbdserve.storage.names import shown
 from nbdserve.storage.pace import STALL_S, Pace
+from nbdserve.storage.residency import Residency
 
 Result = TypeVar("Result")
 Arguments = TypeVarTuple("Arguments")
@@ -144,6 +145,7 @@ class FileStorage(Storage):
         self._ring_left: asyncio.Future[None] | None = None  # when closing waits for it
         self._refused_modes: set[int] = set()
         self._can_map = True
+        self._residency = Residency()
 
     @property
     def size(self) -> int:
@@ -212,6 +214,22 @@ class FileStorage(Storage):
                         self._ring_left.set_result(None)
         if done < len(view):  # all of it, the end of the file, or an error to be raised
             await self._in_thread(_pread_all, self._fd, offset + done, view[done:])
+
+    def is_cached(self, offset: int, length: int) -> bool:
+        """Ask the kernel; block devices and what lies past the end are not lent."""
+        return (
+            not self.fixed_size
+            and offset + length <= self._size
+            and self._residency.is_cached(self._fd, offset, length)
+        )
+
+    def send(self, socket_fd: int, offset: int, length: int) -> int:
+        """Hand cached bytes to a socket by sendfile."""
+        return os.sendfile(socket_fd, self._fd, offset, length)
+
+    def read_now(self, offset: int, view: memoryview) -> None:
+        """Fill `view` on the loop."""
+        _pread_all(self._fd, offset, view)
 
     # ---------------------------------------------------------------- writing
 

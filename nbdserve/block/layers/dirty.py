@@ -11,6 +11,7 @@ from typing import Any
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.extents import Extent
+from nbdserve.block.loan import Loan
 
 
 class DirtyTracking(BlockDevice):
@@ -41,6 +42,10 @@ class DirtyTracking(BlockDevice):
     ) -> Coroutine[Any, Any, Sequence[Hole]]:
         """Read from the disk below."""
         return self._device.read_into(offset, buffer)
+
+    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+        """Lend from the disk below."""
+        return self._device.lend(offset, length, for_good=for_good)
 
     def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False

@@ -9,6 +9,7 @@ from typing import Any
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
+from nbdserve.block.loan import Loan
 from nbdserve.errors import ConfigError
 
 
@@ -55,6 +56,10 @@ class Window(BlockDevice):
         """Read from the disk below."""
         self.require_range(offset, len(buffer))
         return self._device.read_into(self._offset + offset, buffer)
+
+    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+        """Lend from the disk below."""
+        return self._device.lend(self._offset + offset, length, for_good=for_good)
 
     def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False

@@ -7,11 +7,13 @@ from typing import Any, Protocol
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
+from nbdserve.block.loan import Loan
 from nbdserve.errors import RequestError
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.discard import Discarder
 from nbdserve.formats.mapped.entries import BITMAP_SHIFT, NORMAL, SPLIT, WORD_MASK
 from nbdserve.formats.mapped.inflate import Decompress, Inflater
+from nbdserve.formats.mapped.lend import Lender
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.read import Reader
@@ -63,6 +65,8 @@ class MappedImage(BlockDevice):
         self._mapping = Mapping(parts)
         self._inflater = Inflater(parts, decompress)
         self._reader = Reader(parts, self._mapping, self._inflater)
+        loans = space.pool.loans if space is not None else None
+        self._lender = Lender(parts, self._mapping, loans)
         if space is not None:
             commit = space.commit
             commit.on_release(space.pool.release)
@@ -85,6 +89,10 @@ class MappedImage(BlockDevice):
         if offset < 0 or offset + len(buffer) > self.size:
             self.require_range(offset, len(buffer))
         return self._reader.read_into(offset, buffer)
+
+    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+        """See `BlockDevice.lend`."""
+        return self._lender.lend(offset, length, for_good=for_good)
 
     def write(
         self, offset: int, data: Buffer, *, fua: bool = False

@@ -74,7 +74,19 @@ class Mapping:
         """
         number = guest_offset >> self._table_bits
         table = self._tables.cached.get(number) or await self._tables.load(number)
+        return self._run(table, guest_offset, end)
+
+    def known_run(self, guest_offset: int, end: int) -> Run | None:
+        """Return the same as `run`, or None if a table would have to be read for it."""
+        number = guest_offset >> self._table_bits
+        table = self._tables.cached.get(number)
+        if table is None and self._tables.l1.words[number]:
+            return None
+        return self._run(table, guest_offset, end)
+
+    def _run(self, table: Table | None, guest_offset: int, end: int) -> Run:
         if table is None:
+            number = guest_offset >> self._table_bits
             return Run(UNALLOCATED, self._unmapped(guest_offset, number, end), 0, 0)
         index = (guest_offset >> self._cluster_bits) & self._index_mask
         kind = self.kind(table, index)

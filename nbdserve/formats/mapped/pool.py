@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.commit import Freed
 from nbdserve.formats.mapped.free_runs import FreeRuns
+from nbdserve.formats.mapped.loans import Loans
 from nbdserve.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -86,6 +87,7 @@ class Pool(ABC):
             L2 tables: neither data nor an L2 table may ever be written there.
         tables: Numbers of the clusters that hold L2 tables of the active disk.
         on_damage: Called if refcounts and entries are found to contradict each other.
+        loans: Clusters that sockets refer to.
     """
 
     def __init__(
@@ -115,6 +117,9 @@ class Pool(ABC):
         self._bytes = _FIRST
         self._refilled_at = 0.0
         self._soft = False
+        self.loans = Loans(cluster_bits)
+        self.loans.on_returned(self._start_return)
+        self._returning: asyncio.Task[None] | None = None
 
     # -- what the format does
 
@@ -280,7 +285,7 @@ class Pool(ABC):
         found += self._free.take(wanted, contiguous)
         missing = wanted - sum(count for _, count in found)
         if missing > 0:
-            known = found + self._free.runs() + self._unpunched
+            known = found + self._free.runs() + self._unpunched + self.loans.withheld
             for start, count in await self._old_holes(missing, known):
                 self._require_no_metadata(start, count)
                 # Not in `found` before: what is given back from there counts as zeros.
@@ -370,16 +375,32 @@ class Pool(ABC):
     async def _reuse(self, runs: list[tuple[int, int]]) -> None:
         """Punch clusters that nobody refers to, and keep them for the next reservation.
 
-        Those that can't be punched stay out of use until that works.
+        Those that are lent, or can't be punched, stay out of use until that has changed.
         """
         waiting, self._unpunched = self._unpunched + runs, []
-        for run in waiting:
+        free = [run for each in waiting for run in self.loans.withhold(*each)]
+        for run in free:
             try:
                 await self._zero(*run)
             except OSError:
                 self._unpunched.append(run)
             else:
                 self._keep_free(*run)
+
+    def _start_return(self) -> None:
+        if self._returning is None:
+            task = asyncio.get_running_loop().create_task(self._take_returned())
+            self._returning = task
+            task.add_done_callback(self._return_ended)
+
+    def _return_ended(self, _: asyncio.Task[None]) -> None:
+        self._returning = None
+
+    async def _take_returned(self) -> None:
+        """Let clusters be used again that were lent when they became free."""
+        async with self._lock:
+            withheld, self.loans.withheld = self.loans.withheld, []
+            await self._reuse(withheld)
 
     def _clusters(self, freed: list[Freed]) -> list[tuple[int, int]]:
         """Return byte extents as runs of clusters, neighbours joined."""
@@ -405,8 +426,9 @@ class Pool(ABC):
         Raises:
             OSError: It could not be done; at worst clusters are leaked.
         """
-        if self._refilling is not None:
-            await asyncio.wait([self._refilling])
+        for task in (self._refilling, self._returning):
+            if task is not None:
+                await asyncio.wait([task])
         async with self._lock:
             runs, self._runs = self._runs, []
             reserved = [(run.start, run.count) for run in runs]

@@ -265,6 +265,56 @@ async def test_a_storage_of_fixed_size_is_zeroed_and_then_full() -> None:
     assert memory.size == 12 * CLUSTER
 
 
+async def test_what_is_lent_is_neither_punched_nor_used_again() -> None:
+    bench = Bench()
+    await bench.pool.refill()
+    grant = bench.pool.take(8)
+    assert grant is not None
+    first = grant.host_offset >> BITS
+    content = b"x" * 8 * CLUSTER
+    await bench.storage.write(grant.host_offset, content)
+    # the third, fourth and sixth, some of them twice and in part
+    loans = [
+        bench.pool.loans.lend([(grant.host_offset + 2 * CLUSTER + 9, CLUSTER)]),
+        bench.pool.loans.lend(
+            [
+                (grant.host_offset + 3 * CLUSTER, 1),
+                (grant.host_offset + 5 * CLUSTER, CLUSTER),
+            ]
+        ),
+    ]
+    await bench.pool.release([(grant.host_offset, 8 * CLUSTER)])
+    lent = {first + 2, first + 3, first + 5}
+    assert {n for n in range(first, first + 8) if not bench.is_zero(n)} == lent
+    assert sorted(bench.pool.loans.withheld) == [(n, 1) for n in sorted(lent)]
+    assert not lent & await _all_free(bench, 3)
+    loans[0]()
+    await asyncio.sleep(0.01)
+    assert {n for n in lent if not bench.is_zero(n)} == {first + 3, first + 5}
+    loans[1]()
+    await asyncio.sleep(0.01)
+    assert all(bench.is_zero(n) for n in lent)
+    assert not bench.pool.loans.withheld
+    assert lent < await _all_free(bench, 5)
+    await bench.pool.close()
+    assert not any(bench.pool.counts.values()), "all references were given back"
+
+
+async def _all_free(bench: Bench, refills: int) -> set[int]:
+    """Take all that the pool has, and what comes next; give it back."""
+    taken: list[tuple[int, int]] = []
+    for _ in range(refills):
+        await bench.pool.refill()
+        while (grant := bench.pool.take(1000)) is not None:
+            taken.append((grant.host_offset, grant.clusters << BITS))
+    await bench.pool.release(taken)
+    return {
+        cluster
+        for offset, length in taken
+        for cluster in range(offset >> BITS, offset + length >> BITS)
+    }
+
+
 # -- in an image
 
 

@@ -1,0 +1,93 @@
+"""What an image lends instead of copying."""
+
+from pathlib import Path
+
+import pytest
+
+from nbdserve.block.loan import Loan
+from nbdserve.formats.mapped.image import MappedImage
+from nbdserve.formats.open import open_image
+from tests.helpers.tools import run
+
+MIB = 1 << 20
+SIZE = 8 * MIB
+CONTENT = bytes(range(1, 256)) * (SIZE // 255) + b"\1" * (SIZE % 255)
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    source = tmp_path / "source.raw"
+    source.write_bytes(CONTENT)
+    target = tmp_path / "base.qcow2"
+    run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", source, target)
+    return target
+
+
+async def opened(path: Path, *, read_only: bool = False) -> MappedImage:
+    image = await open_image(path, read_only=read_only)
+    assert isinstance(image, MappedImage)
+    return image
+
+
+def content_of(loan: Loan) -> bytes:
+    result = b""
+    for storage, offset, length in loan.pieces:
+        data = bytearray(length)
+        storage.read_now(offset, memoryview(data))
+        result += data
+    return result
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+async def test_plain_data_in_memory_is_lent(base: Path, read_only: bool) -> None:
+    base.read_bytes()  # all of it is in the page cache now
+    image = await opened(base, read_only=read_only)
+    # A table has to be in memory: a loan never waits.
+    assert image.lend(0, MIB, for_good=read_only) is None
+    await image.read(0, 1)
+    for offset, length in ((0, SIZE), (1, 65536), (3 * MIB - 5, MIB)):
+        loan = image.lend(offset, length, for_good=read_only)
+        assert loan is not None
+        assert content_of(loan) == CONTENT[offset : offset + length]
+        assert (loan.give_back is None) is read_only
+        if loan.give_back is not None:
+            loan.give_back()
+    assert (image.lend(0, MIB, for_good=True) is None) is not read_only
+    await image.close()
+
+
+async def test_backing_files_lend(base: Path, tmp_path: Path) -> None:
+    overlay = tmp_path / "overlay.qcow2"
+    run("qemu-img", "create", "-f", "qcow2", "-b", base, "-F", "qcow2", overlay, "9M")
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 3 1M 64k", overlay)
+    base.read_bytes()
+    overlay.read_bytes()
+    image = await opened(overlay)
+    await image.read(0, SIZE)
+    loan = image.lend(MIB - 7, 100_000, for_good=False)
+    assert loan is not None
+    wanted = CONTENT[MIB - 7 : MIB] + b"\3" * 65536 + CONTENT[MIB + 65536 :]
+    assert content_of(loan) == wanted[:100_000]
+    assert loan.give_back is not None
+    loan.give_back()
+    # past the end of the backing file there are zeros
+    assert image.lend(SIZE - 1, 2, for_good=False) is None
+    await image.close()
+
+
+async def test_zeros_and_compressed_clusters_are_not_lent(
+    base: Path, tmp_path: Path
+) -> None:
+    small = tmp_path / "small.qcow2"
+    run("qemu-img", "convert", "-c", "-f", "qcow2", "-O", "qcow2", base, small)
+    image = await opened(small)
+    await image.write_zeroes(0, MIB)
+    await image.write(2 * MIB, b"n" * 65536)
+    await image.read(0, SIZE)
+    assert image.lend(0, 65536, for_good=False) is None
+    assert image.lend(MIB, 65536, for_good=False) is None
+    assert image.lend(2 * MIB, 65537, for_good=False) is None
+    loan = image.lend(2 * MIB, 65536, for_good=False)
+    assert loan is not None
+    assert content_of(loan) == b"n" * 65536
+    await image.close()
