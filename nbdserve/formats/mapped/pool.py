@@ -285,8 +285,7 @@ class Pool(ABC):
         found += self._free.take(wanted, contiguous)
         missing = wanted - sum(count for _, count in found)
         if missing > 0:
-            known = found + self._free.runs() + self._unpunched + self.loans.withheld
-            for start, count in await self._old_holes(missing, known):
+            for start, count in await self._old_holes(missing, found + self._unused()):
                 self._require_no_metadata(start, count)
                 # Not in `found` before: what is given back from there counts as zeros.
                 await self._zero(start, count)
@@ -296,6 +295,10 @@ class Pool(ABC):
         # no need to grow the file for the last few
         if largest < contiguous or missing > wanted // 2:
             found.append(await self._grow(max(missing, contiguous), contiguous))
+
+    def _unused(self) -> list[tuple[int, int]]:
+        """Return the runs that we know nobody refers to, whether free by now or not."""
+        return self._free.runs() + self._unpunched + self.loans.withheld
 
     async def _grow(self, count: int, contiguous: int) -> tuple[int, int]:
         """Take clusters past the end of everything in use, extending the file."""

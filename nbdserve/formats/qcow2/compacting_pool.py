@@ -132,7 +132,7 @@ class CompactingPool(RefcountedPool):
 
     async def _claim_holes(self, low: int) -> None:
         """Know all clusters from `low` on that nothing refers to as free."""
-        known = self._free.runs() + [(run.start, run.count) for run in self._runs]
+        known = self._unused() + [(run.start, run.count) for run in self._runs]
         usage = (await self.usage(low)).translate(_IN_USE)
         for start, count in known:
             first, last = max(start, low), min(start + count, self._end)
@@ -169,8 +169,7 @@ class CompactingPool(RefcountedPool):
         found += self._free.take(wanted, contiguous, ceiling)
         missing = wanted - sum(count for _, count in found)
         while missing > 0 and self._searched < len(self._table):
-            known = found + self._free.runs()
-            for start, count in await self._old_holes(missing, known):
+            for start, count in await self._old_holes(missing, found + self._unused()):
                 self._require_no_metadata(start, count)
                 await self._zero(start, count)
                 found.append((start, count))
