@@ -23,7 +23,7 @@ from nbdserve.server.buffers import Buffer
 from nbdserve.server.outbox import Outbox
 from nbdserve.server.session import Session
 from nbdserve.server.shared import Shared
-from nbdserve.server.stall import StallWatch
+from nbdserve.server.stall import PeerWatch
 from nbdserve.server.tls import ByteStream, TlsSocket
 from nbdserve.wire.constants import (
     EXTENDED_REQUEST_MAGIC,
@@ -140,7 +140,7 @@ class Connection:
         self._starved = False  # a large request has to wait for memory
         self._payload: _Payload | None = None
         self._bytes_taken = 0  # of long payloads, ever
-        self._stall_watch = StallWatch(loop.time())
+        self._peer_watch = PeerWatch(shared.limits, loop.time())
         self._drain_left = 0  # bytes of the payload of a refused write
         self._reading = False  # the loop watches the socket
         self._continuing = False  # a turn is scheduled
@@ -185,20 +185,26 @@ class Connection:
         self._close()
 
     def end_if_stalled(self) -> None:
-        """Close if the peer makes the server hold memory, and moves nothing.
+        """Close if the peer holds up others, or is idle for too long.
 
         To be called every now and then.
         """
-        held = self._held()
-        seconds = self._stall_watch.stalled_s(
-            self._loop.time(),
-            held=held,
+        now_s, watch, session = self._loop.time(), self._peer_watch, self.session
+        reason = watch.stall(
+            now_s,
+            held=self._held(),
             moved=self._bytes_taken + self._outbox.bytes_unblocked,
             memory_is_short=self._budget.exhausted,
         )
-        if seconds > self._limits.stall_timeout_s:
-            self.blame = ProtocolError(f"no progress for {round(seconds)} s")
-            self._end(f"{self.blame} with {held} bytes to move")
+        if reason is not None:
+            self.blame = ProtocolError(reason)
+        else:
+            requests = session.counters.requests
+            reason = watch.idleness(
+                now_s, requests=requests, in_flight=session.in_flight
+            )
+        if reason is not None:
+            self._end(reason)
             self._close()
 
     def _held(self) -> int:

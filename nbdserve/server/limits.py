@@ -1,5 +1,6 @@
 """What one server, one connection and one turn of the loop may use, and why."""
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
@@ -33,6 +34,12 @@ class Limits:
     #: that is not read, a payload that does not come. While memory is short, a
     #: sixteenth of what is held has to move in that time. Who holds nothing may be silent.
     stall_timeout_s: float = 60.0
+    #: How long a client may ask for nothing. For ever: a mounted disk may be idle for days,
+    #: and its guest would find it gone. Peers that are gone are found by keepalive.
+    idle_timeout_s: float = math.inf
+    #: After how many idle seconds the kernel begins to ask whether a TCP peer is still
+    #: there; who does not answer is gone after twice as long.
+    keepalive_s: float = 60.0
     #: Options of one handshake: a client that describes every export of a list needs two
     #: for each. qemu was seen taking 5000, nbdkit stops at 32.
     options: int = 4096

@@ -46,12 +46,8 @@ _MOST_BETWEEN_LOOKS_S: Final = 5.0
 #: Of Unix sockets: a full batch of replies (Linux counts about twice the data, and
 #: net.core.wmem_max, 208 KiB by default, is the most it allows). TCP finds its own.
 _UNIX_BUFFER: Final = 1 << 20
-#: A peer that is gone without a word is noticed after 60 + 6 * 10 s.
-_KEEPALIVE: Final = (
-    (socket.TCP_KEEPIDLE, 60),
-    (socket.TCP_KEEPINTVL, 10),
-    (socket.TCP_KEEPCNT, 6),
-)
+#: Probes of keepalive that stay unanswered before a peer counts as gone.
+_PROBES: Final = 6
 _OUT_OF_RESOURCES: Final = frozenset(
     {errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM}
 )
@@ -294,7 +290,11 @@ class Server:
         for connection in list(self._connections):
             connection.end_if_stalled()
         self._loop.call_later(
-            min(_MOST_BETWEEN_LOOKS_S, self._limits.stall_timeout_s / 4),
+            min(
+                _MOST_BETWEEN_LOOKS_S,
+                self._limits.stall_timeout_s / 4,
+                self._limits.idle_timeout_s / 4,
+            ),
             self._look_for_stalled,
         )
 
@@ -309,7 +309,7 @@ class Server:
         log = self._log.bind(peer=line.peer)
         with closing(line):
             try:
-                _tune(sock)
+                _tune(sock, self._limits.keepalive_s)
                 async with asyncio.timeout_at(deadline_s):
                     outcome = await negotiate(
                         line,
@@ -492,7 +492,7 @@ class Server:
             raise failures[0]
 
 
-def _tune(sock: socket.socket) -> None:
+def _tune(sock: socket.socket, keepalive_s: float) -> None:
     """Set what makes small requests quick, and lost peers noticed."""
     if sock.family == socket.AF_UNIX:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _UNIX_BUFFER)
@@ -501,7 +501,13 @@ def _tune(sock: socket.socket) -> None:
         return
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in _KEEPALIVE:
+    for option, value in (
+        (socket.TCP_KEEPIDLE, max(round(keepalive_s), 1)),
+        (socket.TCP_KEEPINTVL, max(round(keepalive_s / _PROBES), 1)),
+        (socket.TCP_KEEPCNT, _PROBES),
+        # no probes are sent while replies are not acknowledged: the same limit for those
+        (socket.TCP_USER_TIMEOUT, round(2000 * keepalive_s)),
+    ):
         sock.setsockopt(socket.IPPROTO_TCP, option, value)
 
 

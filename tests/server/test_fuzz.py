@@ -171,6 +171,7 @@ def test_the_option_phase() -> None:
             if handshake.state is not HandshakeState.OPTIONS:
                 break
         seed += 1
+    print(f"option phase: {sent} messages, {seed} handshakes")  # noqa: T201
 
 
 class Talk:
@@ -267,6 +268,7 @@ async def test_both_phases_over_sockets(
         requests += sum(log.get("requests", 0) for log in logs)
         seed += AT_ONCE
         logs.clear()
+    print(f"both phases: {sent} messages, {requests} requests carried out")  # noqa: T201
     assert requests > sent // 5, "the server takes hardly any: the fuzzer is blunt"
     client = await running.client()  # in good health
     await client.write(0, b"well")

@@ -12,6 +12,7 @@ import pytest
 
 from nbdserve.errors import ConfigError
 from nbdserve.server.limits import Limits, changed
+from nbdserve.server.stall import PeerWatch
 from nbdserve.wire.client_handshake import OptionRefused, contexts_data
 from nbdserve.wire.constants import REQUEST_MAGIC, Command, Option
 from nbdserve.wire.requests import REQUEST
@@ -144,6 +145,30 @@ async def test_a_stalled_client_gives_its_memory_back(
     assert closed["reason"].startswith("no progress for")
     assert closed["log_level"] == "warning"
     assert len(await idle.read(0, 10)) == 10  # who holds nothing may be silent
+
+
+@pytest.mark.parametrize("limits", [Limits(linger_s=0.1, idle_timeout_s=0.4)])
+async def test_idle_clients_are_let_go_if_the_operator_wants(
+    running: Running, logs: Logs
+) -> None:
+    idle, busy = await running.client(), await running.client()
+    while any(log["event"] == "connection closed" for log in logs) is False:
+        await busy.read(0, 1)
+        await asyncio.sleep(0.02)
+    with pytest.raises((ConnectionResetError, BrokenPipeError)):
+        await idle.read(0, 1)
+    assert len(await busy.read(0, 1)) == 1
+    (closed,) = [log for log in logs if log["event"] == "connection closed"]
+    assert closed["reason"].startswith("idle for")
+    assert closed["log_level"] == "info"
+
+
+def test_an_idle_disk_stays_by_default() -> None:
+    watch = PeerWatch(Limits(), 0)
+    year_s = 365 * 86400.0
+    assert watch.idleness(year_s, requests=0, in_flight=0) is None
+    stalled = watch.stall(year_s, held=0, moved=0, memory_is_short=True)
+    assert stalled is None
 
 
 @pytest.mark.parametrize("limits", [Limits(linger_s=0.1, stall_timeout_s=0.3)])
