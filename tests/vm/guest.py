@@ -37,7 +37,12 @@ class Guest:
 
 
 def boot(
-    kernel: Path, initramfs: Path, *, append: str = "", drive: str | None = None
+    kernel: Path,
+    initramfs: Path,
+    *,
+    append: str = "",
+    drive: str | None = None,
+    timeout_s: float = GUEST_TIMEOUT_S,
 ) -> Guest:
     """Run a guest to its end.
 
@@ -46,6 +51,7 @@ def boot(
         initramfs: The compressed archive with the init script.
         append: More words for the kernel's command line.
         drive: The -drive option of its own disk, if it has one.
+        timeout_s: When to give up.
     """
     argv = ["qemu-system-x86_64", "-accel", "tcg", "-cpu", "max"]
     argv += ["-m", str(MEMORY_MIB), "-nodefaults", "-no-user-config", "-no-reboot"]
@@ -62,7 +68,7 @@ def boot(
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
-            timeout=GUEST_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
         )
         output = done.stdout
