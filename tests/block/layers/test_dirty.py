@@ -54,6 +54,54 @@ def test_random_marks(seed: int) -> None:
             offset += run
 
 
+def test_pages_of_ones_are_pages_like_others() -> None:
+    size = 3 * 4096 * 8 * 512 + 1000
+    bitmap = DirtyBitmap("b", size, granularity_bits=9)
+    ones = b"\xff" * bitmap.page_bytes
+    for number in range(4):
+        bitmap.merge_page(number, ones)
+    assert list(bitmap.dirty()) == [(0, size)]
+    bitmap.mark(5, 5)
+    copy = bitmap.copy()
+    bitmap.resize(4096 * 8 * 512 + 512 * 9)
+    assert list(bitmap.dirty()) == [(0, bitmap.size)]
+    assert bitmap.page(1) == b"\xff\1" + bytes(bitmap.page_bytes - 2)
+    assert bitmap.page(0) == ones
+    assert list(copy.dirty()) == [(0, size)]
+    bitmap.resize(size)
+    assert list(bitmap.dirty()) == [(0, 4096 * 8 * 512 + 512 * 9)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_merging_and_resizing(seed: int) -> None:
+    """Whatever the granularities: a set of bytes is the model."""
+    chance = random.Random(seed)
+    size, bits = 1 << 20, chance.choice([9, 12, 16])
+    one = DirtyBitmap("one", size, granularity_bits=bits, page_bits=12)
+    other = DirtyBitmap("other", size, granularity_bits=chance.choice([9, 12, 16]))
+    model: set[int] = set()
+    for _ in range(10):
+        bitmap = chance.choice([one, other])
+        offset, length = chance.randrange(size), chance.choice([1, 5000, 300_000])
+        length = min(length, size - offset)
+        bitmap.mark(offset, length)
+        coarse = max(bits, bitmap.granularity_bits)
+        first, last = offset >> coarse, (offset + length - 1) >> coarse
+        steps = 1 << coarse - 9
+        model.update(range(first * steps, (last + 1) * steps))
+    one.merge(other)
+    half = chance.randrange(1, 2048) * 512
+    one.resize(half)
+    one.resize(size)
+    kept = -(-half >> bits) << bits - 9
+    found = {
+        sector
+        for offset, length in one.dirty()
+        for sector in range(offset // 512, (offset + length) // 512)
+    }
+    assert found == {sector for sector in model if sector < kept}
+
+
 async def test_every_change_is_marked_and_nothing_else() -> None:
     disk = MemoryDisk(64 * GRANULE)
     tracking = DirtyTracking(disk, ["one", "two"])
