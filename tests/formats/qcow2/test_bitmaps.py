@@ -63,6 +63,7 @@ LAYOUTS = [
     ("cluster_size=512", "4k"),
     ("cluster_size=4k", "512"),
     ("cluster_size=2M", "1M"),
+    ("extended_l2=on,cluster_size=16k", "4k"),
 ]
 
 
