@@ -1,5 +1,6 @@
 """Persistent bitmaps: kept while an image is open, and the same to qemu and to us."""
 
+import asyncio
 import random
 import struct
 from collections.abc import AsyncIterator, Callable
@@ -504,3 +505,44 @@ async def test_bits_that_are_all_ones_need_no_cluster(tmp_path: Path) -> None:
     saved = disk.saved()
     run("qemu-img", "check", saved, expect=[0, 3])
     assert seen_by_qemu(saved, "b", tmp_path) == [(0, SIZE)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+async def test_nothing_is_missed_while_the_structure_changes(
+    tmp_path: Path, seed: int
+) -> None:
+    """Writers go on while snapshots, sizes, other bitmaps and compaction keep them waiting."""
+    path = marked(tmp_path, options="cluster_size=4k", granularity="4k")
+    disk = await open_bytes(tmp_path, path.read_bytes(), suspending=True)
+    image, chance = disk.image, random.Random(seed)
+    assert isinstance(image, Qcow2Image)
+    busy = True
+
+    async def write(worker: int) -> None:
+        while busy:
+            length = chance.choice([512, 5000, 60_000])
+            offset = chance.randrange(SIZE // 4 - length) + worker * SIZE // 4
+            await disk.write(offset, bytes([worker + 1]) * length)
+
+    writers = [asyncio.create_task(write(worker)) for worker in range(3)]
+    await image.add_bitmap("other", granularity=512, enabled=False)
+    await image.create_snapshot("s")
+    await image.merge_bitmap("other", await image.dirty_bitmap("b"))
+    await image.resize(SIZE + MIB)
+    await image.remove_bitmap("other")
+    await image.delete_snapshot("s")
+    await image.compact()
+    await image.add_bitmap("late", enabled=False)
+    busy = False
+    await asyncio.gather(*writers)
+    disk.model.extend(bytes(MIB))
+    await disk.assert_content()
+    await image.close()
+    saved = disk.saved()
+    run("qemu-img", "check", saved)
+    assert [each["flags"] for each in qemu_bitmaps(saved).values()] == [["auto"], []]
+    async with opened(saved, read_only=True) as after:
+        bits = await after.dirty_bitmap("b")
+        for offset in range(0, SIZE, 4096):
+            [(_, dirty)] = bits.runs(offset, 1, max_runs=1)
+            assert dirty or not any(disk.model[offset : offset + 4096])
