@@ -3,6 +3,7 @@
 from typing import Any, NamedTuple
 
 from nbdserve.block.device import BlockDevice
+from nbdserve.formats.persistent_bitmaps import bitmaps_size
 from nbdserve.formats.qcow2.create import Options
 from nbdserve.formats.regions import nonzero_ranges
 
@@ -13,21 +14,29 @@ class Measurement(NamedTuple):
     Attributes:
         required: Enough for what the disk holds now.
         fully_allocated: Enough whatever is written to it later.
+        bitmaps: What its persistent bitmaps need besides, if they are copied; None if
+            the source or the new image can't have any.
     """
 
     required: int
     fully_allocated: int
+    bitmaps: int | None = None
 
     def as_json(self) -> dict[str, Any]:
         """Return what `qemu-img measure --output=json` prints."""
-        return {"required": self.required, "fully-allocated": self.fully_allocated}
+        sizes = {} if self.bitmaps is None else {"bitmaps": self.bitmaps}
+        return sizes | {
+            "required": self.required,
+            "fully-allocated": self.fully_allocated,
+        }
 
     def as_text(self) -> str:
         """Return what `qemu-img measure` prints, ending in a newline."""
-        return (
+        text = (
             f"required size: {self.required}\n"
             f"fully allocated size: {self.fully_allocated}\n"
         )
+        return text if self.bitmaps is None else f"{text}bitmaps size: {self.bitmaps}\n"
 
 
 def measure_raw(size: int) -> Measurement:
@@ -67,7 +76,9 @@ async def measure_qcow2(
     elif source is not None:
         used = await _clusters_with_data(source, cluster_size)
     return Measurement(
-        (metadata + used) * cluster_size, (metadata + data_clusters) * cluster_size
+        (metadata + used) * cluster_size,
+        (metadata + data_clusters) * cluster_size,
+        await bitmaps_size(source, cluster_size) if options.version > 2 else None,
     )
 
 

@@ -4,6 +4,7 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.mapped.image import MappedImage
+from nbdserve.formats.qcow2.bitmap_directory import entry_length
 from nbdserve.formats.qcow2.image import Qcow2Image
 
 
@@ -25,6 +26,27 @@ async def find_bitmap(device: BlockDevice, name: str) -> DirtyBitmap | None:
                     return await below.dirty_bitmap(name)
         below = below.backing
     return None
+
+
+async def bitmaps_size(source: BlockDevice | None, cluster_size: int) -> int | None:
+    """Return the bytes that an image's bitmaps need in another one, in whole clusters.
+
+    Returns:
+        None if the source can't have any.
+
+    Raises:
+        ImageCorruptError: Nobody knows which there are.
+    """
+    if not isinstance(source, Qcow2Image) or source.header.version < 3:
+        return None
+    clusters = directory = 0
+    for bitmap in await source.bitmaps():
+        if bitmap.problem is None:
+            data = -(-source.size // bitmap.granularity)
+            entries = -(-data // (8 * cluster_size))
+            clusters += entries + -(-8 * entries // cluster_size)
+            directory += entry_length(bitmap.name.encode("utf-8", "surrogateescape"))
+    return (clusters + -(-directory // cluster_size)) * cluster_size
 
 
 async def judge_bitmaps(source: BlockDevice) -> None:

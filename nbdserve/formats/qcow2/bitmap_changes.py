@@ -28,6 +28,7 @@ from nbdserve.formats.qcow2.bitmap_directory import (
     MIN_GRANULARITY_BITS,
     Bitmap,
     encode_bitmap_directory,
+    entry_length,
     table_entries_for,
 )
 from nbdserve.formats.qcow2.bitmaps import Bitmaps, PersistentBitmap
@@ -107,7 +108,8 @@ class BitmapChanges:
             raise ConfigError(
                 f"{self._storage.name}: there is a bitmap {name!r} already"
             )
-        length = sum(each.entry.length for each in bitmaps.found) + 32 + len(encoded)
+        length = sum(each.entry.length for each in bitmaps.found)
+        length += entry_length(encoded)
         if len(bitmaps.found) >= MAX_BITMAPS or length > MAX_BITMAP_DIRECTORY_BYTES:
             raise ConfigError(
                 f"{self._storage.name}: has {len(bitmaps.found)} bitmaps, the most possible"

@@ -51,7 +51,12 @@ class Bitmap:
     @property
     def length(self) -> int:
         """Bytes of the entry in the directory."""
-        return _ENTRY.size + len(self.name) + 7 & ~7
+        return entry_length(self.name)
+
+
+def entry_length(name: bytes) -> int:
+    """Return the bytes of the directory entry of a bitmap with that name."""
+    return _ENTRY.size + len(name) + 7 & ~7
 
 
 def table_entries_for(size: int, granularity_bits: int, cluster_bits: int) -> int:

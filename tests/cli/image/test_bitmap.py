@@ -1,5 +1,6 @@
 """`nbdserve image bitmap`: what it does, says and refuses, beside qemu-img bitmap."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -99,6 +100,25 @@ def test_convert_copies_bitmaps_as_qemu_img(tmp_path: Path) -> None:
         expected = seen_by_qemu(theirs, name, tmp_path)
         assert seen_by_qemu(ours, name, tmp_path) == expected
         assert expected
+
+
+@pytest.mark.parametrize("cluster", ["64K", "512"])
+def test_measure_counts_bitmaps_as_qemu_img(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], cluster: str
+) -> None:
+    path = make(tmp_path, 99 * MIB)
+    layout = ["-o", f"cluster_size={cluster}"]
+    for name in ("", "one", "another"):
+        if name:
+            run("qemu-img", "bitmap", "--add", "-g", "4k", path, name)
+        for qemu, options in (([], []), (["--output=json"], ["--json"])):
+            said = run("qemu-img", "measure", "-O", "qcow2", *qemu, *layout, path)
+            words = ["image", "measure", *options, "--cluster-size", cluster]
+            assert main([*words, str(path)]) == 0
+            told = capsys.readouterr().out
+            assert json.loads(told) == json.loads(said) if options else told == said
+    assert main(["image", "measure", str(path), "--compat", "2"]) == 0
+    assert "bitmaps" not in capsys.readouterr().out
 
 
 def test_convert_refuses_what_has_no_bitmaps(
