@@ -15,8 +15,8 @@ from nbdserve.formats.qcow1 import header as qcow1
 from nbdserve.formats.qcow2 import bitmap_directory, extensions
 from nbdserve.formats.qcow2 import header as qcow2
 from nbdserve.formats.qcow2.snapshot_table import (
-    MAX_TABLE_BYTES,
     Snapshot,
+    most_table_bytes,
     parse_snapshot_table,
 )
 
@@ -196,7 +196,8 @@ def _qcow2_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
     warnings: list[str] = []
     snapshots: list[Snapshot] = []
     if header.nb_snapshots:
-        length = min(MAX_TABLE_BYTES, size - header.snapshots_offset)
+        most = most_table_bytes(header.nb_snapshots)
+        length = min(most, size - header.snapshots_offset)
         table = _read(fd, header.snapshots_offset, length)
         try:
             snapshots, _ = parse_snapshot_table(table, header.nb_snapshots)

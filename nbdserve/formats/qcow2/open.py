@@ -45,12 +45,11 @@ from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.qcow2.rebuild import rebuild_refcounts
 from nbdserve.formats.qcow2.refcounts import load_refcount_table
 from nbdserve.formats.qcow2.repair import repair_image
-from nbdserve.formats.qcow2.snapshot_table import judge_snapshot, parse_snapshot_table
+from nbdserve.formats.qcow2.snapshot_table import judge_snapshot
+from nbdserve.formats.qcow2.snapshots import read_snapshots
 from nbdserve.storage.base import Storage
 from nbdserve.storage.file import FileStorage
 
-#: A snapshot table is read whole; qemu refuses larger ones too (block/qcow2.h).
-_MAX_SNAPSHOT_TABLE = 64 << 20
 #: Clusters of snapshots' L1 tables that are told from data (64 bytes of memory each);
 #: what is beyond, no sane image has, and its refcounts protect it.
 _MAX_SNAPSHOT_L1_CLUSTERS = 1 << 20
@@ -233,11 +232,8 @@ async def _locate(storage: Storage, header: Header) -> Located:
     )
     if not header.nb_snapshots:
         return located
-    length = min(storage.size - header.snapshots_offset, _MAX_SNAPSHOT_TABLE)
-    data = bytearray(max(length, 0))
-    await storage.read(header.snapshots_offset, memoryview(data))
     try:
-        snapshots, length = parse_snapshot_table(bytes(data), header.nb_snapshots)
+        snapshots, length = await read_snapshots(storage, header)
     except ImageError:
         # The snapshots can't be used; the active disk can, and its refcounts
         # protect what they share.

@@ -19,6 +19,8 @@ MAX_EXTRA_DATA = 1024
 
 _ENTRY = struct.Struct(">QIHHIIQII")
 _U64 = struct.Struct(">Q")
+#: The largest entry: extra data, two texts with 16-bit lengths, and padding.
+_MOST_ENTRY = _ENTRY.size + MAX_EXTRA_DATA + 2 * 0xFFFF + 7
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +53,11 @@ class Snapshot:
     disk_size: int | None = None
     icount: int | None = None
     extra_data: bytes = b""
+
+
+def most_table_bytes(nb_snapshots: int) -> int:
+    """Return how many bytes a table of that many snapshots can have."""
+    return min(nb_snapshots * _MOST_ENTRY, MAX_TABLE_BYTES)
 
 
 def parse_snapshot_table(data: bytes, nb_snapshots: int) -> tuple[list[Snapshot], int]:

@@ -38,6 +38,7 @@ from nbdserve.formats.qcow2.snapshot_table import (
     Snapshot,
     encode_snapshot_table,
     judge_snapshot,
+    most_table_bytes,
     parse_snapshot_table,
 )
 from nbdserve.formats.qcow2.structure import Structure
@@ -62,7 +63,8 @@ async def read_snapshots(
     """
     if not header.nb_snapshots:
         return [], 0
-    length = min(storage.size - header.snapshots_offset, MAX_TABLE_BYTES)
+    most = most_table_bytes(header.nb_snapshots)
+    length = min(storage.size - header.snapshots_offset, most)
     data = bytearray(max(length, 0))
     await storage.read(header.snapshots_offset, memoryview(data))
     return parse_snapshot_table(bytes(data), header.nb_snapshots)

@@ -38,8 +38,8 @@ from nbdserve.formats.qcow2.header import (
     Header,
 )
 from nbdserve.formats.qcow2.snapshot_table import (
-    MAX_TABLE_BYTES,
     Snapshot,
+    most_table_bytes,
     parse_snapshot_table,
 )
 
@@ -201,7 +201,8 @@ class Walk:
         header = self.header
         if not header.nb_snapshots:
             return
-        length = min(MAX_TABLE_BYTES, self.file.size - header.snapshots_offset)
+        most = most_table_bytes(header.nb_snapshots)
+        length = min(most, self.file.size - header.snapshots_offset)
         try:
             self.snapshots, self.snapshot_table_bytes = parse_snapshot_table(
                 self.file.read(header.snapshots_offset, length), header.nb_snapshots
