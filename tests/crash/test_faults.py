@@ -45,6 +45,7 @@ FAULTS = {
         "v3-snapshot",
         "v2-compressed",
         "v3-backed",
+        "sub-backed",
         "v3-bitmaps",
     ],
 )

@@ -297,6 +297,25 @@ WORK = {
 }
 
 
+SUBCLUSTERS = "cluster_size=16k,extended_l2=on"
+
+
+async def grow_tables(image: Qcow2Image) -> None:
+    await image.resize(17 << 20)
+
+
+@pytest.mark.parametrize("name", ["create", "delete", "apply", "grow", "shrink"])
+@pytest.mark.parametrize("backed", [False, True])
+async def test_power_cuts_with_subclusters(
+    tmp_path: Path, name: str, backed: bool
+) -> None:
+    base = random.Random(2).randbytes(SIZE + 8 * KIB) if backed else None
+    start = made(tmp_path, SUBCLUSTERS, backing=base)
+    cutter = Cutter(start, base, name in {"create", "delete"})
+    await cutter.run(grow_tables if name == "grow" else WORK[name], seed=5)
+    assert cutter.states > 3
+
+
 @pytest.mark.parametrize("options", ["cluster_size=4k", "cluster_size=512"])
 @pytest.mark.parametrize("name", list(WORK))
 async def test_power_cuts(tmp_path: Path, name: str, options: str) -> None:

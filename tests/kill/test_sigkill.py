@@ -9,6 +9,7 @@ import asyncio
 import os
 import random
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -127,12 +128,19 @@ def prepare(kind: str, folder: Path) -> tuple[Path, str, bytearray]:
     fmt = "qcow" if kind == "overlay-qcow" else "qcow2"
     path = folder / f"disk.{fmt}"
     argv = ["qemu-img", "create", "-q", "-f", fmt, "-b", base.name, "-F", "raw"]
+    if kind == "overlay-subclusters":
+        argv += ["-o", "extended_l2=on"]
     run(*argv, path, str(SIZE))
     return path, fmt, content
 
 
-@pytest.mark.parametrize("state", ["with state", "without state"])
-@pytest.mark.parametrize("kind", ["fresh", "overlay", "overlay-qcow"])
+@pytest.mark.parametrize(
+    ("kind", "state"),
+    [
+        *product(("fresh", "overlay", "overlay-qcow"), ("with state", "without state")),
+        ("overlay-subclusters", "with state"),
+    ],
+)
 def test_acknowledged_writes_survive(
     kind: str, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -167,7 +167,7 @@ async def test_a_log_that_can_t_be_copied_goes_on(
 class Killed:
     """An overlay as a server left it that was killed before its commit."""
 
-    def __init__(self, folder: Path, fmt: str) -> None:
+    def __init__(self, folder: Path, fmt: str, *, options: str = "") -> None:
         self.folder = folder
         self.fmt = fmt
         self.state = folder / "state"
@@ -177,6 +177,8 @@ class Killed:
         base = folder / "base.raw"
         base.write_bytes(self.content)
         argv = ["qemu-img", "create", "-q", "-f", fmt, "-b", str(base), "-F", "raw"]
+        if options:
+            argv += ["-o", options]
         run(*argv, self.path, str(SIZE))
 
     async def open(self) -> BlockDevice:
@@ -223,6 +225,24 @@ async def test_acknowledged_copies_are_linked_again(killed: Killed) -> None:
     await image.close()
     if killed.fmt == "qcow2":
         run("qemu-img", "check", killed.path, expect=[0, 3])
+
+
+async def test_subclusters_that_were_added_are_linked_again(tmp_path: Path) -> None:
+    """In a cluster that the image names already, and in one that it does not."""
+    killed = Killed(tmp_path, "qcow2", options="extended_l2=on")
+    await killed.write_and_die(
+        5 * CLUSTER + 5000, 5 * CLUSTER + 9000, 7 * CLUSTER + 100, 7 * CLUSTER + 5000
+    )
+    assert {link.guest_cluster for link in kept_words(killed)} == {5, 7}
+    image = await killed.open()
+    assert await image.read(0, SIZE) == killed.content
+    await image.write(5 * CLUSTER + 5000, b"go on")
+    killed.content[5 * CLUSTER + 5000 : 5 * CLUSTER + 5005] = b"go on"
+    await image.close()
+    assert undamaged(killed)
+    image = await killed.open()
+    assert await image.read(0, SIZE) == killed.content
+    await image.close()
 
 
 async def test_a_replay_that_is_killed_is_repeated(killed: Killed) -> None:
