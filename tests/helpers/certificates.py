@@ -48,6 +48,11 @@ def make_certificates(folder: Path) -> Certificates:
             chain = b"".join(part.bytes() for part in certificate.cert_chain_pems)
             (path / "client-cert.pem").write_bytes(chain)
             (path / "client-key.pem").write_bytes(certificate.private_key_pem.bytes())
+    made.clients["self-signed"] = path = folder / "self-signed"
+    path.mkdir()
+    (path / "ca-cert.pem").write_bytes(ours.cert_pem.bytes())
+    (path / "client-cert.pem").write_bytes(other.cert_pem.bytes())
+    (path / "client-key.pem").write_bytes(other.private_key_pem.bytes())
     made.clients["stranger"] = path = folder / "stranger"
     path.mkdir()
     (path / "ca-cert.pem").write_bytes(other.cert_pem.bytes())

@@ -152,6 +152,7 @@ def answer(handshake: ServerHandshake) -> None:
             handshake.answer_export(DISK)
 
 
+@pytest.mark.timeout(900 if FULL else 60)
 def test_the_option_phase() -> None:
     sent = seed = 0
     while sent < HANDSHAKE_MESSAGES:

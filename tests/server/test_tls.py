@@ -426,6 +426,7 @@ def _copy(source: socket.socket, target: socket.socket) -> None:
         ("nobody", "TLS: the client has no certificate"),
         ("expired", "TLS: the client's certificate: certificate has expired"),
         ("foreign", "TLS: the client's certificate: unable to get local issuer"),
+        ("self-signed", "TLS: the client's certificate: self-signed certificate"),
         ("stranger", "TLS: the client does not know who signed our certificate"),
     ],
 )

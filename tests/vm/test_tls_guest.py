@@ -19,6 +19,7 @@ INIT = Path(__file__).with_name("tls.sh")
 REASONS = {
     "nobody": "TLS: the client has no certificate",
     "expired": "TLS: the client's certificate: certificate has expired",
+    "self-signed": "TLS: the client's certificate: self-signed certificate",
     "foreign": "TLS: the client's certificate: unable to get local issuer certificate",
 }
 

@@ -35,8 +35,8 @@ with() {
     echo "$tls"
 }
 
-# plain, no certificate, expired, of another authority, and a client that trusts another
-for who in plain nobody expired foreign stranger; do
+# plain, no certificate, expired, of another authority or none, and a client that trusts another
+for who in plain nobody expired foreign self-signed stranger; do
     tls=
     [ "$who" != plain ] && tls=$(with "$who")
     if timeout 20 /sbin/nbd-client 10.0.2.2 "$nbd_port" /dev/nbd0 -N "$nbd_name" $tls \
