@@ -19,20 +19,14 @@ from functools import partial
 import structlog
 import uvloop
 
-from nbdserve.block.device import BlockDevice
-from nbdserve.block.dirty_bitmap import DirtyBitmap
-from nbdserve.block.layers.window import Window
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.access import Policy
 from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
+from nbdserve.exports.opening import open_export
 from nbdserve.exports.registry import Registry
 from nbdserve.formats.create import create_image
-from nbdserve.formats.open import open_image
-from nbdserve.formats.persistent_bitmaps import find_bitmap
-from nbdserve.formats.qcow2.image import Qcow2Image
-from nbdserve.formats.scratch import open_scratch
 from nbdserve.server.channel import Begin
 from nbdserve.server.kernel import KernelDevice
 from nbdserve.server.limits import Limits, changed
@@ -202,7 +196,7 @@ def _served(
 ) -> tuple[ServedImage, ...]:
     return tuple(
         ServedImage(
-            image.name, image.path, export.size, _reads_only(image) or export.read_only
+            image.name, image.path, export.size, image.reads_only or export.read_only
         )
         for image, export in zip(images, registry, strict=True)
     )
@@ -329,7 +323,7 @@ async def _offer(
     """
     if crew is not None:
         export: Export = crew.export(
-            image.name, image.description, image, shared=_reads_only(image)
+            image.name, image.description, image, shared=image.reads_only
         )
     elif late:
         export = LateExport(
@@ -378,22 +372,12 @@ def _require_different(images: Sequence[ImageConfig]) -> None:
         except OSError:
             continue  # opening it says what is wrong
         other = seen.setdefault((status.st_dev, status.st_ino), image)
-        if other is image or (_leaves_alone(other) and _leaves_alone(image)):
+        if other is image or (other.leaves_alone and image.leaves_alone):
             continue
         raise ConfigError(
             f"{shown(image.path)} is the same file as {shown(other.path)}, served as"
             f" {other.name!r}: several exports of it must all be read-only"
         )
-
-
-def _reads_only(image: ImageConfig) -> bool:
-    """Tell whether clients can change nothing."""
-    return image.read_only or image.snapshot is not None
-
-
-def _leaves_alone(image: ImageConfig) -> bool:
-    """Tell whether the file stays as it is."""
-    return image.scratch or _reads_only(image)
 
 
 def _policy(image: ImageConfig) -> Policy:
@@ -403,90 +387,6 @@ def _policy(image: ImageConfig) -> Policy:
         ConfigError: A rule is for a user that doesn't exist.
     """
     return Policy.of(image.access, tls_only=image.tls_only)
-
-
-async def open_export(
-    image: ImageConfig, policy: Policy, state_dir: str | None
-) -> Export:
-    """Open one image.
-
-    Raises:
-        ConfigError: Its path can't be opened.
-        ImageError: It can't be used.
-    """
-    if image.scratch and not _reads_only(image):
-        device = await open_scratch(
-            image.path,
-            os.environ.get("TMPDIR") or "/var/tmp",  # noqa: S108 -- as qemu
-            format=image.format or "auto",
-            allow_backing=image.allow_backing,
-        )
-    else:
-        device = await open_image(
-            image.path,
-            format=image.format or "auto",
-            read_only=_reads_only(image),
-            allow_backing=image.allow_backing,
-            cache=image.cache,
-            state_dir=state_dir,
-            snapshot=image.snapshot,
-        )
-    for note in device.notes:
-        structlog.get_logger().warning(note)
-    try:
-        persistent = await _persistent_bitmaps(device, image)
-        known = {bitmap.name for bitmap in persistent}
-        if image.offset or not image.discard:
-            device = Window(device, image.offset, discard=image.discard)
-    except BaseException:
-        await device.close()
-        raise
-    export = Export(
-        image.name,
-        device,
-        image.description,
-        allocation_depth=image.allocation_depth,
-        bitmaps=[name for name in image.bitmaps if name not in known],
-        persistent=persistent,
-    )
-    export.policy = policy
-    return export
-
-
-async def _persistent_bitmaps(
-    device: BlockDevice, image: ImageConfig
-) -> list[DirtyBitmap]:
-    """Return those of the bitmaps to be served that the image or its chain has.
-
-    Raises:
-        ConfigError: One is not there, and could not record anything either.
-        ImageError: One can't be used.
-    """
-    found: list[DirtyBitmap] = []
-    for name in image.bitmaps:
-        try:
-            bitmap = await find_bitmap(device, name)
-        except OSError as error:
-            raise ImageError(
-                f"{shown(image.path)}: bitmap {name!r} can't be read: {error}"
-            ) from error
-        if bitmap is not None:
-            found.append(bitmap)
-        elif image.persistent_only or device.read_only:
-            raise ConfigError(f"{shown(image.path)}: there is no bitmap {name!r}")
-        elif isinstance(device, Qcow2Image):
-            structlog.get_logger().warning(
-                "there is no persistent bitmap of that name: what changes is recorded"
-                " until the server ends",
-                image=shown(image.path),
-                bitmap=name,
-            )
-    if found and image.offset:
-        raise ConfigError(
-            f"{shown(image.path)}: its bitmaps are about the whole disk, so they can't be"
-            " served with an offset"
-        )
-    return found
 
 
 async def _close(registry: Registry) -> None:

@@ -17,9 +17,9 @@ from typing import Any
 import structlog
 import uvloop
 
-from nbdserve.app import open_export
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.access import OPEN
+from nbdserve.exports.opening import open_export
 from nbdserve.exports.registry import Registry
 from nbdserve.observe.logs import configure
 from nbdserve.server.channel import (

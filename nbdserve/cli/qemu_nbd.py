@@ -38,8 +38,9 @@ unlike qemu-nbd:
                          images of strangers, name the folders with --allow-backing
                          (or use nbdserve serve, which asks for that). Names with a
                          protocol, such as nbd: or json:, are refused
-  without --format       an image without a magic number is refused, or with --read-only
-                         served as raw"""
+  without --format       qcow and qcow2 are told by their magic; anything else is served
+                         as raw, and as with qemu-nbd can't become an image of another
+                         format"""
 
 #: What qemu-nbd can do and this can't, and what to do instead.
 _REFUSED = {
@@ -266,7 +267,8 @@ def _image(
         description=arguments.description,
         cache=_cache(arguments),
         allow_backing=tuple(arguments.allow_backing) or ("/",),
-        scratch=arguments.snapshot,
+        scratch=_scratch_folder() if arguments.snapshot else None,
+        guess_raw=True,
         snapshot=(
             None
             if arguments.load_snapshot is None
@@ -284,6 +286,10 @@ def _image(
             base, qemu.parse_options(arguments.file[0], "driver")
         )
     return qemu.image_from_file_name(base, arguments.file[0])
+
+
+def _scratch_folder() -> str:
+    return os.environ.get("TMPDIR") or "/var/tmp"  # noqa: S108 -- as qemu
 
 
 def _format(arguments: argparse.Namespace) -> "ImageFormat | None":

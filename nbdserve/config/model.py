@@ -154,8 +154,10 @@ class ImageConfig:
         access: Who may use it; nobody else, unless there are no rules.
         offset: Bytes of the disk that clients don't see.
         discard: Whether clients may give storage back.
-        scratch: Whether what clients write goes to a temporary overlay, and is forgotten
-            in the end.
+        scratch: The folder for a temporary overlay with what clients write, which is
+            forgotten in the end; None changes the image itself.
+        guess_raw: Whether an image of no known format is served as raw although nobody
+            said so; it is then kept from becoming one of another format.
     """
 
     name: str
@@ -173,7 +175,8 @@ class ImageConfig:
     access: tuple[AccessRule, ...] = ()
     offset: int = 0
     discard: bool = True
-    scratch: bool = False
+    scratch: str | None = None
+    guess_raw: bool = False
 
     def __post_init__(self) -> None:
         """Refuse what the protocol can't carry.
@@ -187,6 +190,16 @@ class ImageConfig:
             _judge_string("bitmap name", f"qemu:dirty-bitmap:{name}")
             if not name or self.bitmaps.count(name) > 1:
                 raise ConfigError(f"--bitmap {name!r}: each needs a name of its own")
+
+    @property
+    def reads_only(self) -> bool:
+        """Whether clients can change nothing."""
+        return self.read_only or self.snapshot is not None
+
+    @property
+    def leaves_alone(self) -> bool:
+        """Whether the file stays as it is."""
+        return self.reads_only or self.scratch is not None
 
     @classmethod
     def parse(cls, text: str) -> "ImageConfig":

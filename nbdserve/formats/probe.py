@@ -5,8 +5,12 @@ A guest can write anything into a raw disk, a qcow2 header with a backing file
 is neither is taken for raw for writing only if the operator says so.
 """
 
+import os
+
 from nbdserve.errors import ImageFormatError
 from nbdserve.storage.base import Storage
+from nbdserve.storage.executor import run
+from nbdserve.storage.file import FileStorage
 
 MAGIC = b"QFI\xfb"
 
@@ -34,6 +38,20 @@ async def probe(storage: Storage) -> str:
             f"{storage.name}: is a qcow image of version {version}; known are 1, 2 and 3"
         )
     return _FORMATS[version]
+
+
+async def probe_file(path: str | os.PathLike[str]) -> str:
+    """Return what `probe` says of a file.
+
+    Raises:
+        ConfigError: There is no such file.
+        ImageFormatError: As `probe`.
+    """
+    storage = await run(lambda: FileStorage(path, read_only=True, lock=False))
+    try:
+        return await probe(storage)
+    finally:
+        await storage.close()
 
 
 async def choose(storage: Storage, wanted: str, *, read_only: bool) -> str:

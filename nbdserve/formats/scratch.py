@@ -7,9 +7,8 @@ from collections.abc import Sequence
 from nbdserve.block.device import BlockDevice
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
-from nbdserve.formats.probe import probe
+from nbdserve.formats.probe import probe_file
 from nbdserve.storage.executor import run
-from nbdserve.storage.file import FileStorage
 
 
 async def open_scratch(
@@ -33,11 +32,7 @@ async def open_scratch(
     """
     image = await run(os.path.realpath, path)
     if format == "auto":
-        storage = await run(lambda: FileStorage(image, read_only=True, lock=False))
-        try:
-            format = await probe(storage)  # noqa: A001
-        finally:
-            await storage.close()
+        format = await probe_file(image)  # noqa: A001
     below = (os.path.dirname(image), *allow_backing)
     async with open_image(
         image, format=format, read_only=True, allow_backing=below

@@ -212,6 +212,30 @@ def test_a_snapshot_leaves_the_image_alone(
 
 
 @pytest.mark.parametrize("program", PROGRAMS)
+def test_a_format_that_is_guessed_stays(
+    start: Starter, raw: Path, program: tuple[str, ...]
+) -> None:
+    daemon = start(program, "-t", raw)
+    # with --fork, a warning is a failure for qemu-nbd, which serves none the less
+    assert daemon.code == (0 if program is OURS else 1), daemon.stderr
+    assert "guess" in daemon.stderr
+
+    header = b"QFI\xfb\0\0\0\3" + bytes(504)
+    (raw.parent / "header").write_bytes(header)
+
+    def write(what: str, offset: int) -> str:
+        command = f"write {what} {offset} 512"
+        return run("qemu-io", "-f", "raw", "-c", command, daemon.uri(), expect=(0, 1))
+
+    assert "wrote" in write("-P 120", 0)
+    assert "wrote" not in write(f"-s {raw.parent}/header", 0)
+    assert "wrote" in write(f"-s {raw.parent}/header", 512)
+    assert "wrote" in write("-P 121", 0)
+    daemon.end()
+    assert raw.read_bytes()[:1024] == b"y" * 512 + header
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
 def test_backing_files_may_be_anywhere(
     start: Starter, tmp_path: Path, image: Path, program: tuple[str, ...]
 ) -> None:
