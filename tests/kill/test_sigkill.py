@@ -8,7 +8,9 @@ more than a hundred rounds.
 import asyncio
 import os
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from pathlib import Path
 
@@ -66,11 +68,20 @@ class Expected:
         self.in_flight.clear()
 
 
-async def load(socket: Path, expected: Expected, generator: random.Random) -> None:
-    """Write until the connection breaks; no two requests in flight overlap."""
+async def load(
+    socket: Path,
+    expected: Expected,
+    generator: random.Random,
+    begun: Callable[[], object],
+) -> None:
+    """Write until the connection breaks; no two requests in flight overlap.
+
+    `begun` is called when the first request is about to be sent.
+    """
     lanes = SIZE // WRITERS
     async with await NbdClient.connect_unix(socket) as client:
         await client.go("disk")
+        begun()
 
         async def lane(number: int) -> None:
             while True:
@@ -103,9 +114,10 @@ async def load_until_killed(
 ) -> None:
     assert server.unix is not None
     delay = generator.uniform(0.05, 0.4)
-    asyncio.get_running_loop().call_later(delay, server.kill)
+    loop = asyncio.get_running_loop()
+    begun = partial(loop.call_later, delay, server.kill)
     async with asyncio.timeout(30):
-        await load(server.unix, expected, generator)
+        await load(server.unix, expected, generator, begun)
 
 
 async def read_all(socket: Path) -> bytes:
