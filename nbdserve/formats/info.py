@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbdserve.errors import ImageCorruptError, ImageError, ImageFormatError
+from nbdserve.formats.header_details import field_text, geometry, header_fields
 from nbdserve.formats.qcow1 import header as qcow1
 from nbdserve.formats.qcow2 import bitmap_directory, extensions
 from nbdserve.formats.qcow2 import header as qcow2
@@ -41,6 +42,8 @@ class ImageInfo:
         snapshots: In the order of the file.
         specific: qemu's "format-specific" data; None where it has none.
         warnings: What could not be read, one line each.
+        file_size: Length of the file.
+        header: Every field of the header under its name in the specification.
     """
 
     filename: str
@@ -55,6 +58,8 @@ class ImageInfo:
     snapshots: tuple[Snapshot, ...] = ()
     specific: dict[str, Any] | None = None
     warnings: tuple[str, ...] = field(default=())
+    file_size: int = 0
+    header: dict[str, Any] = field(default_factory=dict)
 
     @property
     def full_backing_filename(self) -> str | None:
@@ -87,6 +92,27 @@ class ImageInfo:
         if self.specific is not None:
             shown["format-specific"] = {"type": self.format, "data": self.specific}
         return shown
+
+    def details_json(self) -> dict[str, Any]:
+        """Return what we know beyond what qemu-img prints."""
+        return {
+            "file-size": self.file_size,
+            "geometry": geometry(self.virtual_size)._asdict(),
+            "header": self.header,
+        }
+
+    def details_text(self) -> str:
+        """Return the same for a person, ending in a newline."""
+        cylinders, heads, sectors = geometry(self.virtual_size)
+        lines = [
+            f"file length: {human_size(self.file_size)} ({self.file_size} bytes)",
+            f"geometry: {cylinders}/{heads}/{sectors} (cylinders/heads/sectors)",
+        ]
+        if self.header:
+            lines.append("Header:")
+        for name, value in self.header.items():
+            lines.append(f"    {name}: {field_text(name, value)}".rstrip())
+        return "\n".join(lines) + "\n"
 
     def snapshots_json(self) -> list[dict[str, Any]]:
         """Return what `qemu-img info --output=json` prints of snapshots."""
@@ -155,6 +181,7 @@ def image_info(path: str | os.PathLike[str], *, format: str | None = None) -> Im
             format="raw",
             virtual_size=size,
             actual_size=status.st_blocks * 512,
+            file_size=size,
         )
         found = _found_format(start)
         if format not in (None, "raw", found):
@@ -187,6 +214,7 @@ def _qcow1_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
         cluster_size=header.cluster_size,
         encrypted=header.crypt_method != qcow1.CRYPT_NONE,
         backing_filename=_text(header.backing_name),
+        header=header_fields(header),
     )
 
 
@@ -216,6 +244,7 @@ def _qcow2_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
         dirty=header.dirty,
         encrypted=header.crypt_method != qcow2.CRYPT_NONE,
         backing_filename=_text(header.backing_name),
+        header=header_fields(header),
         backing_format=header.backing_format if header.backing_name else None,
         snapshots=tuple(snapshots),
         specific=_specific(header, bitmaps),

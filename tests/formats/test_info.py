@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from nbdserve.errors import ImageCorruptError, ImageFormatError
+from nbdserve.formats.header_details import geometry
 from nbdserve.formats.info import human_size, image_info
+from tests.helpers.engine import u32, u64
 from tests.helpers.tools import run
 
 
@@ -147,3 +149,42 @@ def test_broken_headers_name_the_file(tmp_path: Path) -> None:
 )
 def test_sizes_for_people(size: int, text: str) -> None:
     assert human_size(size) == text
+
+
+@pytest.mark.parametrize(
+    ("size", "expected"),
+    [(512, (1, 16, 63)), (1 << 30, (2080, 16, 63)), (1 << 40, (16383, 16, 63))],
+)
+def test_geometry(size: int, expected: tuple[int, int, int]) -> None:
+    """As hdparm and VirtualBox show it for such a disk."""
+    assert geometry(size) == expected
+
+
+@pytest.mark.parametrize("image_format", ["raw", "qcow", "qcow2"])
+def test_what_qemu_img_does_not_show(image_format: str, tmp_path: Path) -> None:
+    path = tmp_path / "disk"
+    (tmp_path / "base").write_bytes(bytes(1 << 20))
+    backing = [] if image_format == "raw" else ["-b", "base", "-F", "raw"]
+    run("qemu-img", "create", "-q", "-f", image_format, *backing, path, "64M")
+    info = image_info(path)
+    details, text = info.details_json(), info.details_text()
+    assert details["file-size"] == path.stat().st_size
+    assert f"({path.stat().st_size} bytes)" in text
+    assert details["geometry"] == {"cylinders": 130, "heads": 16, "sectors": 63}
+    assert "geometry: 130/16/63" in text
+    header = details["header"]
+    if image_format == "raw":
+        assert not header
+        return
+    data = path.read_bytes()
+    assert header["version"] == u32(data, 4) == (1 if image_format == "qcow" else 3)
+    assert header["size"] == u64(data, 24)
+    assert header["l1-table-offset"] == u64(data, 40)
+    assert f"l1-table-offset: {u64(data, 40):#x}" in text
+    assert header["backing-name"] == "base"
+    if image_format == "qcow2":
+        assert header["refcount-table-offset"] == u64(data, 48)
+        assert header["header-length"] == u32(data, 100)
+        kinds = [each["type"] for each in header["extensions"]]
+        assert kinds == ["0xe2792aca", "0x6803f857"]
+    json.dumps(details)

@@ -32,7 +32,7 @@ def run(arguments: argparse.Namespace) -> int:
     with named_errors(arguments.path):
         info = image_info(arguments.path)
     if arguments.json:
-        print(json.dumps(info.as_json(), indent=4))
+        print(json.dumps(info.as_json() | info.details_json(), indent=4))
     else:
-        print(info.as_text(), end="")
+        print(info.as_text() + info.details_text(), end="")
     return 0
