@@ -11,7 +11,8 @@ each consequence:
         ├── ImageFormatError     not such an image, or a feature we don't know
         ├── ImageCorruptError    its metadata contradict themselves
         ├── ImageInUseError      another process has it open
-        └── BackingFileError     its backing file is missing or not allowed
+        ├── BackingFileError     its backing file is missing or not allowed
+        └── DataFileError        its external data file is missing or not allowed
 
 Each message is one line that names the thing, says what is wrong and, where
 there is something to do about it, what. A system call's own `OSError` passes
@@ -62,3 +63,7 @@ class ImageInUseError(ImageError):
 
 class BackingFileError(ImageError):
     """A backing file is missing, not allowed, or part of a loop."""
+
+
+class DataFileError(ImageError):
+    """An external data file is missing, not allowed, or a file used otherwise."""

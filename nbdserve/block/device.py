@@ -17,7 +17,7 @@ The contract, which the conformance tests run against each implementation:
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from errno import EINVAL, ENOTSUP
 
 from nbdserve.block.extents import Extent
@@ -152,6 +152,25 @@ class BlockDevice(ABC):
             RequestError: ENOTSUP, disks of this kind keep their size.
         """
         raise RequestError(ENOTSUP, "disks of this kind can't be resized")
+
+    async def preallocate(
+        self, offset: int, end: int, mode: str, progress: Callable[[int], None]
+    ) -> None:
+        """Take space for a range that reads as zeros and is not in use; it may be empty.
+
+        Args:
+            offset: Bytes.
+            end: Bytes.
+            mode: off; metadata gives each cluster its place, falloc takes the
+                space from the file system, full writes zeros there.
+            progress: Told how many bytes of the range are done.
+
+        Raises:
+            ConfigError: The format does not have that, or a backing file is in the way.
+            OSError: There is no space, or it can't be written.
+            RequestError: ENOTSUP, disks of this kind have no space to take.
+        """
+        raise RequestError(ENOTSUP, "disks of this kind can't be preallocated")
 
     @abstractmethod
     async def close(self) -> None:

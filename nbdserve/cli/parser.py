@@ -48,6 +48,25 @@ def judged(parse: Callable[[str], Value]) -> Callable[[str], Value]:
     return convert
 
 
+def define_allowed_files(parser: argparse._ActionsContainer) -> None:
+    """Add the options that allow files to be opened which an image names."""
+    parser.add_argument(
+        "--allow-backing",
+        metavar="DIR",
+        action="append",
+        default=[],
+        help="also open backing files below DIR, not only from the image's own folder",
+    )
+    parser.add_argument(
+        "--allow-data-file",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="open the external data file that the image names, if it is PATH or lies"
+        " below it; without this option, none",
+    )
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of one command."""
 

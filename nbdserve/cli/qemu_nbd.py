@@ -190,6 +190,13 @@ def _define_image(group: "argparse._ArgumentGroup") -> None:
         default=[],
         help="open backing files from the image's own folder and from below DIR only",
     )
+    group.add_argument(
+        "--allow-data-file",
+        metavar="PATH",
+        action="append",
+        default=[],
+        help="open external data files only if they are PATH or lie below it",
+    )
 
 
 def _shared(text: str) -> int:
@@ -267,6 +274,7 @@ def _image(
         description=arguments.description,
         cache=_cache(arguments),
         allow_backing=tuple(arguments.allow_backing) or ("/",),
+        allow_data_file=tuple(arguments.allow_data_file) or ("/",),
         scratch=_scratch_folder() if arguments.snapshot else None,
         guess_raw=True,
         snapshot=(

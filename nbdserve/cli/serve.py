@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from nbdserve.cli.parser import judged, one_of
+from nbdserve.cli.parser import define_allowed_files, judged, one_of
 from nbdserve.config.units import parse_size
 from nbdserve.errors import ConfigError
 
@@ -216,13 +216,7 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
         help="make the image if it is missing (qcow2, or what --format says); an"
         " existing one is never touched. SIZE in bytes, or with K, M, G, T",
     )
-    group.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(group)
     group.add_argument(
         "--cache",
         metavar="writeback|writethrough",
@@ -313,6 +307,7 @@ def _images(arguments: argparse.Namespace) -> "list[ImageConfig]":
             description=arguments.description,
             cache=arguments.cache,
             allow_backing=tuple(arguments.allow_backing),
+            allow_data_file=tuple(arguments.allow_data_file),
             snapshot=arguments.snapshot,
             allocation_depth=arguments.allocation_depth,
             bitmaps=tuple(arguments.bitmap),

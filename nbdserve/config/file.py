@@ -56,6 +56,7 @@ class _Export(_Strict):
     description: str = ""
     cache: CacheMode = "writeback"
     allow_backing: list[str] = []
+    allow_data_file: list[str] = []
     snapshot: str | None = None
     allocation_depth: bool = False
     bitmaps: list[str] = []
@@ -195,6 +196,7 @@ class _Reader:
                 description=export.description,
                 cache=export.cache,
                 allow_backing=tuple(export.allow_backing),
+                allow_data_file=tuple(export.allow_data_file),
                 snapshot=export.snapshot,
                 allocation_depth=export.allocation_depth,
                 bitmaps=tuple(export.bitmaps),

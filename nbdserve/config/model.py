@@ -144,6 +144,7 @@ class ImageConfig:
         cache: When a write is acknowledged: as soon as the kernel has it, or once
             it is durable.
         allow_backing: Folders whose files may back the image, besides its own.
+        allow_data_file: External data files that may be opened, or their folders.
         snapshot: Name or id of the internal snapshot to serve, read-only, instead of
             the active disk.
         allocation_depth: Whether clients can ask for qemu:allocation-depth.
@@ -167,6 +168,7 @@ class ImageConfig:
     description: str = ""
     cache: CacheMode = "writeback"
     allow_backing: tuple[str, ...] = ()
+    allow_data_file: tuple[str, ...] = ()
     snapshot: str | None = None
     allocation_depth: bool = False
     bitmaps: tuple[str, ...] = ()

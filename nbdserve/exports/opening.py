@@ -34,6 +34,7 @@ async def open_export(
             image.scratch,
             format=image.format or "auto",
             allow_backing=image.allow_backing,
+            allow_data_file=image.allow_data_file,
         )
     else:
         device = await open_image(
@@ -41,6 +42,7 @@ async def open_export(
             format=image.format or ("raw" if guessed else "auto"),
             read_only=image.reads_only,
             allow_backing=image.allow_backing,
+            allow_data_file=image.allow_data_file,
             cache=image.cache,
             state_dir=state_dir,
             snapshot=image.snapshot,

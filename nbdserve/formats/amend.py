@@ -17,6 +17,7 @@ async def prepare_to_amend(
     wanted: Amendment,
     *,
     allow_backing: Sequence[str] = (),
+    allow_data_file: Sequence[str] = (),
     state_dir: str | None = None,
 ) -> None:
     """Let an image have nothing that the version wanted does not know.
@@ -25,6 +26,7 @@ async def prepare_to_amend(
         path: A qcow2 image that nobody else uses.
         wanted: The changes.
         allow_backing: Folders in which backing files may lie.
+        allow_data_file: External data files that may be opened, or their folders.
         state_dir: Where a killed server may have left acknowledged writes.
 
     Raises:
@@ -33,7 +35,10 @@ async def prepare_to_amend(
         OSError: The file can't be read or written.
     """
     async with open_image(
-        path, allow_backing=allow_backing, state_dir=state_dir
+        path,
+        allow_backing=allow_backing,
+        allow_data_file=allow_data_file,
+        state_dir=state_dir,
     ) as image:
         if not isinstance(image, Qcow2Image):
             raise ConfigError(f"{shown(path)}: only qcow2 images can be amended")

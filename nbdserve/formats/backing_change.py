@@ -1,10 +1,12 @@
 """Changing what an image says of its backing file, whatever its format."""
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from nbdserve.block.device import BlockDevice
 from nbdserve.errors import ConfigError, ImageFormatError
-from nbdserve.formats.chain import BackingReference
+from nbdserve.formats.chain import BackingReference, driver_with, open_data
 from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
 from nbdserve.formats.mapped.redo import redo_path
 from nbdserve.formats.open import drivers
@@ -40,6 +42,7 @@ async def open_overlay(
     path: str | os.PathLike[str],
     *,
     image_format: str = "auto",
+    allow_data_file: Sequence[str | os.PathLike[str]] = (),
     engine: EngineOptions = DEFAULT_OPTIONS,
 ) -> Overlay:
     """Open an image to change what it says of its backing file.
@@ -56,13 +59,37 @@ async def open_overlay(
     if not log or not await run(os.path.exists, log):
         return overlay
     try:
-        disk = await drivers(engine)[overlay.format].open(
-            overlay.storage, read_only=False, backing=None, writethrough=False
+        disk = await open_disk(
+            overlay, backing=None, allow_data_file=allow_data_file, engine=engine
         )
         await disk.close()
     finally:
         await overlay.storage.close()
     return await _open(path, image_format, engine)
+
+
+async def open_disk(
+    overlay: Overlay,
+    *,
+    backing: BlockDevice | None,
+    allow_data_file: Sequence[str | os.PathLike[str]] = (),
+    engine: EngineOptions = DEFAULT_OPTIONS,
+) -> BlockDevice:
+    """Open an overlay as a disk, which then owns its storage and `backing`.
+
+    Raises:
+        ImageError: It is broken, or its external data file is not allowed.
+    """
+    driver = drivers(engine)[overlay.format]
+    data = await open_data(overlay.storage, driver, allow_data_file, read_only=False)
+    try:
+        return await driver_with(driver, data).open(
+            overlay.storage, read_only=False, backing=backing, writethrough=False
+        )
+    except BaseException:
+        if data is not None:
+            await data.close()
+        raise
 
 
 async def _open(

@@ -5,10 +5,8 @@ It is followed only to a regular file or block device in the image's own folder 
 one that the operator allowed, after all symbolic links are resolved.
 """
 
-import errno
 import os
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -19,7 +17,9 @@ from nbdserve.errors import (
     ImageError,
     ImageFormatError,
 )
+from nbdserve.formats.data_file import SplitDriver, open_data_file
 from nbdserve.formats.probe import choose, probe
+from nbdserve.formats.references import lies_in, resolve
 from nbdserve.storage.base import Storage
 from nbdserve.storage.executor import run
 from nbdserve.storage.file import FileStorage
@@ -28,9 +28,6 @@ from nbdserve.storage.names import shown
 #: Backing files below an image. Longer chains are not useful, and each link costs
 #: a file descriptor and time on every read of unallocated space.
 MAX_DEPTH = 64
-
-#: qemu takes a name for "protocol:rest" if a colon precedes any slash.
-_PROTOCOL = re.compile(rb"[^/:]*:")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +76,8 @@ class ChainOptions:
         format: "auto" or the format of the top image.
         read_only: Whether the top image is opened read-only; all others always are.
         allow_backing: Folders in which backing files may lie, besides the image's own.
+        allow_data_file: External data files that may be opened, and folders in which
+            they may lie.
         writethrough: Whether each change of the top image is durable on return.
         lock: Whether to take locks that exclude other writers.
     """
@@ -86,16 +85,24 @@ class ChainOptions:
     format: str = "auto"
     read_only: bool = False
     allow_backing: Sequence[str | os.PathLike[str]] = ()
+    allow_data_file: Sequence[str | os.PathLike[str]] = ()
     writethrough: bool = False
     lock: bool = True
 
 
 @dataclass(slots=True)
 class _Link:
-    """One image of a chain: an open file and how to understand it."""
+    """One image of a chain: an open file and how to understand it.
+
+    Attributes:
+        storage: The file.
+        format: Of the image.
+        data: Its external data file, if it has one.
+    """
 
     storage: FileStorage
     format: str
+    data: FileStorage | None = None
 
 
 async def open_chain(
@@ -116,6 +123,7 @@ async def open_chain(
     try:
         try:
             await _open_files(links, path, options, drivers)
+            await _open_data_files(links, options, drivers)
         except BaseException:
             await _close_all(links)
             raise
@@ -189,6 +197,24 @@ async def _open_files(
         link.format = await _backing_format(links, reference, drivers)
 
 
+async def _open_data_files(
+    links: list[_Link], options: ChainOptions, drivers: Mapping[str, Driver]
+) -> None:
+    """Open the external data files of a chain."""
+    taken = {link.storage.identity for link in links}
+    for depth, link in enumerate(links):
+        link.data = await open_data(
+            link.storage,
+            _driver(link, drivers),
+            options.allow_data_file,
+            taken,
+            read_only=options.read_only or depth > 0,
+            lock=options.lock,
+        )
+        if link.data is not None:
+            taken.add(link.data.identity)
+
+
 def _open_file(
     path: str | os.PathLike[str], read_only: bool, lock: bool
 ) -> FileStorage:
@@ -253,34 +279,11 @@ def _roots(
 def _resolve(parent: FileStorage, name: bytes, roots: Sequence[bytes]) -> str:
     """Return the real path that an image's backing name stands for.
 
-    A relative name starts at the folder of the image's name as it was given, as in
-    qemu: anything else might find another file than the one that qemu wrote.
-
     Raises:
         BackingFileError: It names no file, or one that is not allowed.
     """
-    if b"\0" in name:
-        raise BackingFileError(
-            f"{parent.name}: the name of its backing file has a NUL byte: {shown(name)}"
-        )
-    if _PROTOCOL.match(name):
-        raise BackingFileError(
-            f"{parent.name}: its backing file {shown(name)} is not a plain file name;"
-            " json: and protocol: names are not followed"
-        )
-    full = os.path.join(os.path.dirname(os.fsencode(parent.path)), name)
-    try:
-        real = os.path.realpath(full, strict=True)
-    except OSError as error:
-        reason = (
-            "its symbolic links form a loop"
-            if error.errno == errno.ELOOP
-            else os.strerror(error.errno or errno.ENOENT)
-        )
-        raise BackingFileError(
-            f"{parent.name}: its backing file {shown(full)} can't be opened: {reason}"
-        ) from error
-    if not any(_lies_in(real, root) for root in roots):
+    real = resolve(parent, name, "backing file", BackingFileError)
+    if not any(lies_in(real, root) for root in roots):
         folder = shown(os.path.dirname(real))
         raise BackingFileError(
             f"{parent.name}: its backing file {shown(real)} lies outside the image's"
@@ -289,8 +292,36 @@ def _resolve(parent: FileStorage, name: bytes, roots: Sequence[bytes]) -> str:
     return os.fsdecode(real)
 
 
-def _lies_in(path: bytes, folder: bytes) -> bool:
-    return path.startswith(folder.rstrip(b"/") + b"/")
+async def open_data(
+    storage: FileStorage,
+    driver: Driver,
+    allowed: Sequence[str | os.PathLike[str]],
+    taken: Collection[tuple[int, int]] = (),
+    *,
+    read_only: bool,
+    lock: bool = True,
+) -> FileStorage | None:
+    """Open an image's external data file, if it has one; see `open_data_file`."""
+    if not isinstance(driver, SplitDriver):
+        return None
+    try:
+        name = await driver.data_file(storage)
+    except ImageError as error:
+        raise _named(storage, error) from error
+    if name is None:
+        return None
+    taken = {storage.identity, *taken}
+    return await open_data_file(
+        storage, name, allowed, taken, read_only=read_only, lock=lock
+    )
+
+
+def driver_with(driver: Driver, data: Storage | None) -> Driver:
+    """Return `driver`, for an image whose data lie in `data` if that is a file."""
+    if data is None or not isinstance(driver, SplitDriver):
+        return driver
+    opening: Driver = driver.with_data(data)
+    return opening
 
 
 async def _open_devices(
@@ -304,7 +335,7 @@ async def _open_devices(
             link = remaining[-1]
             top = len(remaining) == 1
             try:
-                opened = await _driver(link, drivers).open(
+                opened = await driver_with(_driver(link, drivers), link.data).open(
                     link.storage,
                     read_only=options.read_only or not top,
                     backing=device,
@@ -326,6 +357,8 @@ async def _open_devices(
 async def _close_all(links: list[_Link]) -> None:
     for link in links:
         await link.storage.close()
+        if link.data is not None:
+            await link.data.close()
 
 
 def _unreadable(path: str | os.PathLike[str], error: OSError) -> ImageError:

@@ -12,11 +12,11 @@ from typing import Any, Final
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.errors import ConfigError
-from nbdserve.formats.backing_change import Overlay, open_overlay
+from nbdserve.formats.backing_change import Overlay, open_disk, open_overlay
 from nbdserve.formats.chain import find_backing
 from nbdserve.formats.copy import DEPTH, Progress
 from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
-from nbdserve.formats.open import drivers, open_image
+from nbdserve.formats.open import open_image
 from nbdserve.formats.pipeline import in_order
 from nbdserve.formats.probe import probe
 from nbdserve.formats.qcow2.image import Qcow2Image
@@ -37,6 +37,7 @@ async def commit_overlay(  # noqa: PLR0913 -- keywords, each with a default
     image_format: str = "auto",
     backing_format: str | None = None,
     allow_backing: Sequence[str | os.PathLike[str]] = (),
+    allow_data_file: Sequence[str | os.PathLike[str]] = (),
     empty: bool = True,
     engine: EngineOptions = DEFAULT_OPTIONS,
     progress: Progress,
@@ -48,6 +49,8 @@ async def commit_overlay(  # noqa: PLR0913 -- keywords, each with a default
         image_format: Of the overlay.
         backing_format: Of the backing file, if the overlay does not say.
         allow_backing: Folders in which backing files may lie, besides the image's own.
+        allow_data_file: External data files that may be opened, and folders in which
+            they may lie.
         empty: Whether the overlay gives up what it holds in the end.
         engine: Options for both images.
         progress: Told how many bytes are done.
@@ -62,14 +65,19 @@ async def commit_overlay(  # noqa: PLR0913 -- keywords, each with a default
         OSError: Reading or writing fails.
     """
     async with AsyncExitStack() as stack:
-        overlay = await open_overlay(path, image_format=image_format, engine=engine)
+        overlay = await open_overlay(
+            path,
+            image_format=image_format,
+            allow_data_file=allow_data_file,
+            engine=engine,
+        )
         # closed by the disk once there is one, and closing twice does no harm
         stack.push_async_callback(overlay.storage.close)
         target = await _target(overlay, allow_backing)
         base_format = await _base_format(overlay, target, backing_format)
         # Without its backing file: what it does not hold itself is not committed.
-        top = await drivers(engine)[overlay.format].open(
-            overlay.storage, read_only=False, backing=None, writethrough=False
+        top = await open_disk(
+            overlay, backing=None, allow_data_file=allow_data_file, engine=engine
         )
         stack.push_async_callback(top.close)
         folders = [os.path.dirname(path) or os.curdir, *allow_backing]
@@ -77,6 +85,7 @@ async def commit_overlay(  # noqa: PLR0913 -- keywords, each with a default
             target,
             format=base_format,
             allow_backing=folders,
+            allow_data_file=allow_data_file,
             state_dir=engine.state_dir,
         )
         try:

@@ -5,8 +5,8 @@ gets its own name: whatever interrupts the work, there is a whole image or none.
 """
 
 import os
-from collections.abc import Sequence
-from contextlib import AsyncExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import AsyncExitStack, ExitStack, contextmanager
 from dataclasses import dataclass
 
 from nbdserve.block.device import BlockDevice
@@ -40,6 +40,9 @@ class Target:
         preallocation: See `create_image`.
         bitmaps: Whether it gets the persistent bitmaps of the source, too.
         extended_l2: Whether clusters have subclusters.
+        data_file: Name of an external data file; see `create_image`, as the rest.
+        data_file_raw: Whether that is to be a raw image by itself.
+        lazy_refcounts: Whether writers may put refcounts off.
     """
 
     format: str = "qcow2"
@@ -52,6 +55,9 @@ class Target:
     preallocation: str | None = None
     bitmaps: bool = False
     extended_l2: bool = False
+    data_file: str | None = None
+    data_file_raw: bool = False
+    lazy_refcounts: bool | None = None
 
     def __post_init__(self) -> None:
         """Judge what `create_image` does not know.
@@ -75,6 +81,10 @@ class Target:
                 "compressed clusters have no place to preallocate: choose one of"
                 " compression and preallocation"
             )
+        if self.data_file is not None:
+            raise ConfigError(
+                "an external data file has no compressed clusters: choose one of the two"
+            )
         if self.compression == "zstd" and self.compat == 2:
             raise ConfigError("compression zstd needs compat 3")
 
@@ -92,6 +102,7 @@ class Target:
             backing_name=None if self.backing is None else os.fsencode(self.backing),
             backing_format=self.backing_format if self.backing else None,
             extended_l2=self.extended_l2,
+            lazy_refcounts=bool(self.lazy_refcounts),
         )
 
 
@@ -101,6 +112,7 @@ async def convert_to_file(
     target: Target,
     *,
     allow_backing: Sequence[str | os.PathLike[str]] = (),
+    allow_data_file: Sequence[str | os.PathLike[str]] = (),
     progress: Progress,
 ) -> None:
     """Write what `source` holds to a new image at `path`; durable on return.
@@ -111,6 +123,8 @@ async def convert_to_file(
         target: Format and layout.
         allow_backing: Folders in which backing files of the new one's backing file
             may lie, besides its own.
+        allow_data_file: External data files that the backing file and those below it
+            may have, and folders in which these may lie.
         progress: Told how many bytes are done.
 
     Raises:
@@ -126,6 +140,7 @@ async def convert_to_file(
         with temporary_name(path) as temporary:
             await run(_create, temporary, source.size, target)
             async with AsyncExitStack() as stack:
+                made = stack.enter_context(_made_data_file(path, target))
                 backing = None
                 if target.backing is not None:
                     folders = [os.path.dirname(path) or os.curdir, *allow_backing]
@@ -135,12 +150,14 @@ async def convert_to_file(
                             format=target.backing_format or "auto",
                             read_only=True,
                             allow_backing=folders,
+                            allow_data_file=allow_data_file,
                         )
                     )
                 await _fill(source, temporary, target, backing, progress)
-            if target.bitmaps:
-                await _copy_bitmaps(source, temporary, target)
-            await run(publish, temporary, path)
+                if target.bitmaps:
+                    await _copy_bitmaps(source, temporary, target)
+                await run(publish, temporary, path)
+                made.pop_all()
     except FileExistsError as error:
         raise ConfigError(
             f"{shown(path)} exists already: nothing is overwritten"
@@ -160,7 +177,20 @@ def _create(path: str, size: int, target: Target) -> None:
         refcount_bits=target.refcount_bits,
         preallocation=target.preallocation,
         extended_l2=target.extended_l2,
+        data_file=target.data_file,
+        data_file_raw=target.data_file_raw,
+        lazy_refcounts=target.lazy_refcounts,
     )
+
+
+@contextmanager
+def _made_data_file(path: str, target: Target) -> Iterator[ExitStack]:
+    """Remove the new data file in the end, unless the stack is emptied before."""
+    with ExitStack() as stack:
+        if target.data_file is not None:
+            place = os.path.join(os.path.dirname(path), target.data_file)
+            stack.callback(os.unlink, place)
+        yield stack
 
 
 async def _fill(
@@ -171,11 +201,17 @@ async def _fill(
     progress: Progress,
 ) -> None:
     """Write the disk's content into the empty image at `path`."""
-    if target.format == "qcow2" and not target.preallocated:
+    in_order = not target.preallocated and target.data_file is None
+    if target.format == "qcow2" and in_order:
         await _write_sequentially(source, path, target, backing, progress)
         return
     folders = _backing_folders(path, target)
-    image = await open_image(path, format=target.format, allow_backing=folders)
+    image = await open_image(
+        path,
+        format=target.format,
+        allow_backing=folders,
+        allow_data_file=_data_files(path, target),
+    )
     try:
         await copy_into_new(source, image, backing=backing, progress=progress)
         await image.flush()
@@ -185,7 +221,12 @@ async def _fill(
 
 async def _copy_bitmaps(source: BlockDevice, path: str, target: Target) -> None:
     folders = _backing_folders(path, target)
-    async with open_image(path, format="qcow2", allow_backing=folders) as image:
+    async with open_image(
+        path,
+        format="qcow2",
+        allow_backing=folders,
+        allow_data_file=_data_files(path, target),
+    ) as image:
         await copy_bitmaps(source, image)
 
 
@@ -195,6 +236,13 @@ def _backing_folders(path: str, target: Target) -> list[str]:
         return []
     full = os.path.join(os.path.dirname(path), target.backing)
     return [os.path.dirname(os.path.realpath(full))]
+
+
+def _data_files(path: str, target: Target) -> list[str]:
+    """Return where the new external data file is, if there is one."""
+    if target.data_file is None:
+        return []
+    return [os.path.join(os.path.dirname(path), target.data_file)]
 
 
 async def _write_sequentially(

@@ -69,6 +69,14 @@ class ImageInfo:
             return name
         return os.path.join(os.path.dirname(self.filename), name)
 
+    @property
+    def full_data_filename(self) -> str | None:
+        """The name of the external data file, counted from the image's folder."""
+        name = (self.specific or {}).get("data-file")
+        if name is None:
+            return None
+        return os.path.join(os.path.dirname(self.filename), name)
+
     def as_json(self) -> dict[str, Any]:
         """Return what `qemu-img info --output=json` prints."""
         shown: dict[str, Any] = {

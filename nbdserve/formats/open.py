@@ -118,6 +118,7 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
     format: str = "auto",  # noqa: A002 -- the word of the command line and of qemu
     read_only: bool = False,
     allow_backing: Sequence[str | os.PathLike[str]] = (),
+    allow_data_file: Sequence[str | os.PathLike[str]] = (),
     cache: str = "writeback",
     lock: bool = True,
     state_dir: str | os.PathLike[str] | None = None,
@@ -134,6 +135,8 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
             magic; what has no magic is then opened as raw only if `read_only`.
         read_only: Whether to refuse changes. Several readers may share an image.
         allow_backing: Folders in which backing files may lie, besides the image's own.
+        allow_data_file: External data files that may be opened, and folders in which
+            they may lie.
         cache: "writeback", or "writethrough" to have each change durable on return.
         lock: Whether to exclude other writers, qemu's included. Without it, an image
             that is being written can be looked at, and may change meanwhile.
@@ -160,6 +163,7 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
             format=format,
             read_only=read_only,
             allow_backing=tuple(allow_backing),
+            allow_data_file=tuple(allow_data_file),
             writethrough=cache == "writethrough",
             lock=lock,
         ),

@@ -6,12 +6,13 @@ is served to the byte.
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
 from nbdserve.block.loan import Loan
 from nbdserve.errors import ConfigError, RequestError
+from nbdserve.formats.preallocation import write_zeros
 from nbdserve.storage.base import Storage
 
 #: Reads from this size on ask whether they begin with a hole. A system call of 0.3 us
@@ -198,6 +199,21 @@ class RawImage(BlockDevice):
             )
         await self._storage.truncate(size)
         self.size = size
+        await self.flush()
+
+    async def preallocate(
+        self, offset: int, end: int, mode: str, progress: Callable[[int], None]
+    ) -> None:
+        """See `BlockDevice.preallocate`."""
+        self._require_writable()
+        if mode == "metadata":
+            raise ConfigError(
+                "preallocation metadata is for qcow2: raw has no metadata"
+            )
+        if mode == "falloc" and end > offset:
+            await self._storage.allocate(offset, end - offset)
+        elif mode == "full":
+            await write_zeros(self, offset, end, progress)
         await self.flush()
 
     async def close(self) -> None:

@@ -17,6 +17,7 @@ from nbdserve.formats.backing_change import (
     Overlay,
     change_backing,
     judge_name,
+    open_disk,
     open_overlay,
     plan_change,
 )
@@ -74,6 +75,7 @@ async def rebase(  # noqa: PLR0913 -- keywords, each with a default
     *,
     image_format: str = "auto",
     allow_backing: Sequence[str | os.PathLike[str]] = (),
+    allow_data_file: Sequence[str | os.PathLike[str]] = (),
     engine: EngineOptions = DEFAULT_OPTIONS,
     progress: Progress,
 ) -> None:
@@ -86,6 +88,8 @@ async def rebase(  # noqa: PLR0913 -- keywords, each with a default
         backing_format: Its format.
         image_format: Of the image.
         allow_backing: Folders in which backing files may lie, besides the image's own.
+        allow_data_file: External data files that may be opened, and folders in which
+            they may lie.
         engine: Options for the image.
         progress: Told how many bytes are done.
 
@@ -98,17 +102,24 @@ async def rebase(  # noqa: PLR0913 -- keywords, each with a default
     async with AsyncExitStack() as stack:
         new = None
         if backing is not None:
-            new = await _open_new(path, backing, backing_format, allow_backing)
+            new = await _open_new(
+                path, backing, backing_format, allow_backing, allow_data_file
+            )
             stack.push_async_callback(new.close)
-        overlay = await open_overlay(path, image_format=image_format, engine=engine)
+        overlay = await open_overlay(
+            path,
+            image_format=image_format,
+            allow_data_file=allow_data_file,
+            engine=engine,
+        )
         stack.push_async_callback(overlay.storage.close)
         # Before the work rather than after it: is there room for the name?
         await plan_change(overlay, name, backing_format)
-        old = await _open_old(path, overlay, allow_backing)
+        old = await _open_old(path, overlay, allow_backing, allow_data_file)
         if old is not None:
             stack.push_async_callback(old.close)
-        image = await drivers(engine)[overlay.format].open(
-            overlay.storage, read_only=False, backing=old, writethrough=False
+        image = await open_disk(
+            overlay, backing=old, allow_data_file=allow_data_file, engine=engine
         )
         stack.push_async_callback(image.close)
         await _Rebasing(image, 0 if old is None else old.size, new).run(progress)
@@ -121,6 +132,7 @@ async def _open_new(
     backing: str,
     backing_format: str | None,
     allow_backing: Sequence[str | os.PathLike[str]],
+    allow_data_file: Sequence[str | os.PathLike[str]],
 ) -> BlockDevice:
     """Open the new backing file, unless the image is part of its chain."""
     folder = os.path.dirname(os.fspath(path))
@@ -136,7 +148,11 @@ async def _open_new(
             f"{shown(path)}: {shown(full)} reads from it, so it can't be its backing file"
         )
     return await open_image(
-        full, format=image_format, read_only=True, allow_backing=folders
+        full,
+        format=image_format,
+        read_only=True,
+        allow_backing=folders,
+        allow_data_file=allow_data_file,
     )
 
 
@@ -148,6 +164,7 @@ async def _open_old(
     path: str | os.PathLike[str],
     overlay: Overlay,
     allow_backing: Sequence[str | os.PathLike[str]],
+    allow_data_file: Sequence[str | os.PathLike[str]],
 ) -> BlockDevice | None:
     if overlay.reference is None:
         return None
@@ -155,7 +172,11 @@ async def _open_old(
     folders = [os.path.dirname(path) or os.curdir, *allow_backing]
     image_format = overlay.reference.format or "auto"
     return await open_image(
-        target, format=image_format, read_only=True, allow_backing=folders
+        target,
+        format=image_format,
+        read_only=True,
+        allow_backing=folders,
+        allow_data_file=allow_data_file,
     )
 
 

@@ -17,6 +17,7 @@ async def open_scratch(
     *,
     format: str = "auto",  # noqa: A002 -- as in `open_image`
     allow_backing: Sequence[str | os.PathLike[str]] = (),
+    allow_data_file: Sequence[str | os.PathLike[str]] = (),
 ) -> BlockDevice:
     """Open a temporary overlay of an image, which is not changed.
 
@@ -25,6 +26,7 @@ async def open_scratch(
         folder: Where there is room for what is written.
         format: See `open_image`; raw as well for what has no magic.
         allow_backing: See `open_image`.
+        allow_data_file: See `open_image`.
 
     Raises:
         ConfigError: There is no such file, or no overlay can be made.
@@ -35,7 +37,11 @@ async def open_scratch(
         format = await probe_file(image)  # noqa: A001
     below = (os.path.dirname(image), *allow_backing)
     async with open_image(
-        image, format=format, read_only=True, allow_backing=below
+        image,
+        format=format,
+        read_only=True,
+        allow_backing=below,
+        allow_data_file=allow_data_file,
     ) as base:
         size = base.size
     with tempfile.TemporaryDirectory(dir=folder, prefix="nbdserve-") as scratch:
@@ -44,4 +50,9 @@ async def open_scratch(
             lambda: create_image(overlay, size, backing=image, backing_format=format)
         )
         # open files outlive their names, and nobody finds them any more
-        return await open_image(overlay, format="qcow2", allow_backing=below)
+        return await open_image(
+            overlay,
+            format="qcow2",
+            allow_backing=below,
+            allow_data_file=allow_data_file,
+        )

@@ -118,6 +118,18 @@ class Storage(ABC):
             They cover the range, or less once there are `max_extents`.
         """
 
+    async def allocate(self, offset: int, length: int) -> None:
+        """Take the space of a range from the file system; extends the storage.
+
+        Raises:
+            OSError: There is none, or EOPNOTSUPP if this storage can't do that.
+        """
+        raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP), self.name)
+
+    def is_sparse(self, cluster_size: int) -> bool:
+        """Return whether so many clusters are holes that looking for them pays."""
+        return False
+
     def hole_at(self, offset: int, length: int) -> int:
         """Return how many bytes from `offset` on are known to be a hole, at most `length`.
 

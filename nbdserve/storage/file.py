@@ -341,6 +341,18 @@ class FileStorage(Storage):
             position = stop
         return result
 
+    async def allocate(self, offset: int, length: int) -> None:
+        """Take the space of a range by posix_fallocate in a thread."""
+        await self._in_thread(os.posix_fallocate, self._fd, offset, length)
+        self._size = max(self._size, offset + length)
+
+    def is_sparse(self, cluster_size: int) -> bool:
+        """Compare space and length (1 us), by qemu's measure of a tenth."""
+        if self.fixed_size:
+            return False
+        taken = -(-os.fstat(self._fd).st_blocks * 512 // cluster_size)
+        return -(-self._size // cluster_size) >= max(taken * 10 // 9, taken + 2)
+
     def hole_at(self, offset: int, length: int) -> int:
         """Ask SEEK_DATA (0.3 us); SEEK_HOLE would walk over all extents of a full file."""
         if self.fixed_size:

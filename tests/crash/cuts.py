@@ -10,11 +10,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from tests.crash.disk import (
+    EXTERNAL,
     SECTOR,
     ZERO_SECTOR,
     Applied,
     Ended,
     Event,
+    Files,
     Sized,
     Synced,
     SyncedRange,
@@ -22,6 +24,8 @@ from tests.crash.disk import (
 
 #: Stands for the file's length where others are sector numbers.
 LENGTH = -1
+#: The same for the external data file.
+EXTERNAL_LENGTH = -2
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +43,16 @@ class State:
     story: str
 
 
+def _is_external(place: int) -> bool:
+    """Return whether a place is in the external data file."""
+    return place >= EXTERNAL or place == EXTERNAL_LENGTH
+
+
+def _offset(place: int) -> int:
+    """Return where a sector begins in its file."""
+    return (place - EXTERNAL if place >= EXTERNAL else place) * SECTOR
+
+
 def _digest(place: int, value: bytes | int) -> int:
     return 0 if value == ZERO_SECTOR else hash((place, value))
 
@@ -53,23 +67,38 @@ class _Version:
 class Cache:
     """The page cache and the disk below it, as the events of a run go by."""
 
-    base: bytearray
+    base: Files
     _pending: dict[int, list[_Version]] = field(default_factory=dict)
     _ended: dict[int, int] = field(default_factory=dict)
-    _size: int = 0
+    _sizes: dict[int, int] = field(default_factory=dict)
     _key: int = 0
 
     def __post_init__(self) -> None:
-        self._size = len(self.base)
-        self.base.extend(bytes(-len(self.base) % SECTOR))
-        self._key = _digest(LENGTH, self._size)
-        for sector in range(len(self.base) // SECTOR):
-            self._key ^= _digest(sector, self._on_disk(sector))
+        for place, content in self._contents():
+            self._sizes[place] = len(content)
+            content.extend(bytes(-len(content) % SECTOR))
+            self._key ^= _digest(place, self._sizes[place])
+            first = EXTERNAL if place == EXTERNAL_LENGTH else 0
+            for sector in range(first, first + len(content) // SECTOR):
+                self._key ^= _digest(sector, self._on_disk(sector))
+
+    def _contents(self) -> list[tuple[int, bytearray]]:
+        """Return each file and the place that stands for its length."""
+        found: list[tuple[int, bytearray]] = [(LENGTH, self.base)]
+        if self.base.external is not None:
+            found.append((EXTERNAL_LENGTH, self.base.external))
+        return found
+
+    def _content(self, place: int) -> bytearray:
+        """Return the file that a place is in."""
+        external = self.base.external
+        return external if _is_external(place) and external is not None else self.base
 
     def _on_disk(self, place: int) -> bytes | int:
-        if place == LENGTH:
-            return self._size
-        found = bytes(self.base[place * SECTOR : (place + 1) * SECTOR])
+        if place < 0:
+            return self._sizes[place]
+        start = _offset(place)
+        found = bytes(self._content(place)[start : start + SECTOR])
         return found or ZERO_SECTOR
 
     def take(self, event: Event, now: int) -> list[int]:
@@ -79,24 +108,24 @@ class Cache:
                 self._pending.setdefault(sector, []).append(_Version(event.call, value))
             return list(event.sectors)
         if isinstance(event, Sized):
-            self._pending.setdefault(LENGTH, []).append(
-                _Version(event.call, event.size)
-            )
-            return [LENGTH]
+            place = EXTERNAL_LENGTH if event.external else LENGTH
+            self._pending.setdefault(place, []).append(_Version(event.call, event.size))
+            return [place]
         if isinstance(event, Ended):
             self._ended[event.call] = now
         elif isinstance(event, Synced):
-            self._sync(event.begin)
+            self._sync(event)
         elif isinstance(event, SyncedRange):
             for sector in range(event.offset // SECTOR, (event.end - 1) // SECTOR + 1):
                 self._settle(sector, self._covered(sector, event.begin))
-            if self._size < event.end:
+            if self._sizes[LENGTH] < event.end:
                 self._settle_length(event)
         return []
 
-    def _sync(self, begin: int) -> None:
+    def _sync(self, event: Synced) -> None:
         for place in list(self._pending):
-            self._settle(place, self._covered(place, begin))
+            if _is_external(place) == event.external:
+                self._settle(place, self._covered(place, event.begin))
 
     def _covered(self, place: int, begin: int) -> int:
         """Return how many versions of a place a barrier that began then covers."""
@@ -128,12 +157,12 @@ class Cache:
     def _put(self, place: int, value: bytes | int) -> None:
         self._key ^= _digest(place, self._on_disk(place)) ^ _digest(place, value)
         if isinstance(value, int):
-            self._size = value
+            self._sizes[place] = value
             return
-        start = place * SECTOR
-        if start + SECTOR > len(self.base):
-            self.base.extend(bytes(start + SECTOR - len(self.base)))
-        self.base[start : start + SECTOR] = value
+        content, start = self._content(place), _offset(place)
+        if start + SECTOR > len(content):
+            content.extend(bytes(start + SECTOR - len(content)))
+        content[start : start + SECTOR] = value
 
     # -- states
 
@@ -241,40 +270,57 @@ class Cache:
 
     def key(self, choice: dict[int, int]) -> int:
         """Return the key of a choice's file, without building it."""
-        key, size = self._key, self._size
-        if choice.get(LENGTH):
-            last = self._pending[LENGTH][choice[LENGTH] - 1].value
-            size = last if isinstance(last, int) else size
+        key, sizes = self._key, self._sizes_of(choice)
         for place, count in choice.items():
+            end = sizes[EXTERNAL_LENGTH if _is_external(place) else LENGTH]
             # what lies past the end makes no difference
-            if count and place * SECTOR < size:
+            if count and (place < 0 or _offset(place) < end):
                 value = self._pending[place][count - 1].value
                 key ^= _digest(place, self._on_disk(place)) ^ _digest(place, value)
         return key
 
-    def build(self, choice: dict[int, int]) -> bytearray:
-        """Return the file of a choice."""
-        content = bytearray(self.base)
-        size = self._size
+    def _sizes_of(self, choice: dict[int, int]) -> dict[int, int]:
+        """Return the lengths of the files of a choice."""
+        return {
+            place: int(self._pending[place][choice[place] - 1].value)
+            if choice.get(place)
+            else size
+            for place, size in self._sizes.items()
+        }
+
+    def build(self, choice: dict[int, int]) -> Files:
+        """Return the files of a choice."""
+        files = Files.of(self.base)
         for place, count in choice.items():
-            if not count:
+            if not count or place < 0:
                 continue
-            value = self._pending[place][count - 1].value
-            if isinstance(value, int):
-                size = value
-                continue
-            start = place * SECTOR
+            external = files.external if _is_external(place) else None
+            content = files if external is None else external
+            value, start = self._pending[place][count - 1].value, _offset(place)
             if start + SECTOR > len(content):
                 content.extend(bytes(start + SECTOR - len(content)))
-            content[start : start + SECTOR] = value
-        del content[size:]
-        content.extend(bytes(size - len(content)))
-        return content
+            if isinstance(value, bytes):
+                content[start : start + SECTOR] = value
+        sizes = self._sizes_of(choice)
+        _set_length(files, sizes[LENGTH])
+        if files.external is not None:
+            _set_length(files.external, sizes[EXTERNAL_LENGTH])
+        return files
 
     def story(self, choice: dict[int, int]) -> str:
         """Describe a choice."""
         parts = [
-            f"{'length' if place == LENGTH else place}:{choice.get(place, 0)}/{len(versions)}"
+            f"{_shown(place)}:{choice.get(place, 0)}/{len(versions)}"
             for place, versions in sorted(self._pending.items())
         ]
         return " ".join(parts)
+
+
+def _set_length(content: bytearray, size: int) -> None:
+    del content[size:]
+    content.extend(bytes(size - len(content)))
+
+
+def _shown(place: int) -> str:
+    kind = "data " if _is_external(place) else ""
+    return kind + ("length" if place < 0 else str(_offset(place) // SECTOR))

@@ -19,6 +19,8 @@ from nbdserve.storage.base import Buffer, Storage
 
 SECTOR: Final = 512
 ZERO_SECTOR: Final = bytes(SECTOR)
+#: What is added to the sector numbers of an external data file.
+EXTERNAL: Final = 1 << 40
 #: How many turns of the loop a call may take.
 _TURNS: Final = (0, 0, 1, 1, 2, 4, 9)
 
@@ -33,10 +35,11 @@ class Applied:
 
 @dataclass(frozen=True, slots=True)
 class Sized:
-    """The file has another length."""
+    """The file, or with `external` the data file, has another length."""
 
     call: int
     size: int
+    external: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,9 +51,10 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Synced:
-    """A barrier has returned; it covers what had ended at `begin`."""
+    """A barrier of one file has returned; it covers what had ended at `begin`."""
 
     begin: int
+    external: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,11 +131,31 @@ class Fault:
     lasting: int = 1
 
 
+class Files(bytearray):
+    """An image file, with its external data file beside it.
+
+    Attributes:
+        external: The data file, None if data lie in the image.
+    """
+
+    external: bytearray | None = None
+
+    @classmethod
+    def of(cls, content: bytes | bytearray) -> "Files":
+        """Return a copy."""
+        files = cls(content)
+        if isinstance(content, Files) and content.external is not None:
+            files.external = bytearray(content.external)
+        return files
+
+
 class Disk(Storage):
     """Flat bytes in memory.
 
     Attributes:
         data: What the page cache holds.
+        external: The disk of the external data file. It writes into the same log,
+            counts its calls here, and has its faults from here.
         log: What happened, None if nobody wants to know. The index is the clock.
         fault: What is to go wrong.
         calls: Changing calls so far.
@@ -145,8 +169,10 @@ class Disk(Storage):
         chance: random.Random | None = None,
         record: bool = False,
         read_only: bool = False,
+        beside: "Disk | None" = None,
     ) -> None:
         self.name = "disk"
+        self._first = self if beside is None else beside
         self.read_only = read_only
         self.zeroes_on_extend = True
         self.fixed_size = False
@@ -157,19 +183,35 @@ class Disk(Storage):
         self.hit: list[str] = []
         self._chance = chance
         self._next_call = 0
+        self.external: Disk | None = None
+        if isinstance(data, Files) and data.external is not None:
+            self.external = Disk(data.external, chance=chance, beside=self)
 
     @property
     def size(self) -> int:
         return len(self.data)
 
+    @property
+    def is_external(self) -> bool:
+        """Whether this is a data file, beside an image."""
+        return self._first is not self
+
+    def files(self) -> Files:
+        """Return a copy of what the page cache holds of all files."""
+        files = Files(self.data)
+        if self.external is not None:
+            files.external = bytearray(self.external.data)
+        return files
+
     def note(self, event: Event) -> None:
         """Add something that happened above or beside."""
-        if self.log is not None:
-            self.log.append(event)
+        if self._first.log is not None:
+            self._first.log.append(event)
 
     def now(self) -> int:
         """Return the clock."""
-        return len(self.log) if self.log is not None else 0
+        log = self._first.log
+        return len(log) if log is not None else 0
 
     async def suspend(self) -> None:
         """Let others run, for a random while."""
@@ -264,7 +306,7 @@ class Disk(Storage):
             del self.data[size:]
         else:
             self.data.extend(bytes(size - old))
-        self.note(Sized(call, size))
+        self.note(Sized(call, size, self.is_external))
         await self.suspend()
         self.note(Ended(call))
 
@@ -276,7 +318,7 @@ class Disk(Storage):
             raise self._error(fault)
         await self.suspend()
         await self.suspend()
-        self.note(Synced(begin))
+        self.note(Synced(begin, self.is_external))
 
     async def flush_range(self, offset: int, length: int) -> None:
         begin = self.now()
@@ -298,15 +340,16 @@ class Disk(Storage):
     # -- below
 
     def _begin(self) -> int:
-        self._next_call += 1
-        return self._next_call
+        self._first._next_call += 1
+        return self._first._next_call
 
     def _due(self, kind: str) -> Fault | None:
-        number = self.calls
-        self.calls += 1
-        fault = self.fault
+        first = self._first
+        number = first.calls
+        first.calls += 1
+        fault = first.fault
         if fault is not None and fault.at <= number < fault.at + fault.lasting:
-            self.hit.append(kind)
+            first.hit.append(kind)
             self.note(Faulted(kind))
             return fault
         return None
@@ -326,14 +369,15 @@ class Disk(Storage):
         end = offset + len(data)
         if end > len(self.data):
             self.data.extend(bytes(end - len(self.data)))
-            self.note(Sized(call, end))
+            self.note(Sized(call, end, self.is_external))
         self.data[offset:end] = data
-        if self.log is None or not data:
+        if self._first.log is None or not data:
             return
+        base = EXTERNAL if self.is_external else 0
         sectors = {
-            sector: bytes(self.data[sector * SECTOR : (sector + 1) * SECTOR]).ljust(
-                SECTOR, b"\0"
-            )
+            base + sector: bytes(
+                self.data[sector * SECTOR : (sector + 1) * SECTOR]
+            ).ljust(SECTOR, b"\0")
             for sector in range(offset // SECTOR, (end - 1) // SECTOR + 1)
         }
-        self.log.append(Applied(call, sectors))
+        self.note(Applied(call, sectors))

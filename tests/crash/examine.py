@@ -23,12 +23,13 @@ from tests.crash.disk import (
     Ended,
     Event,
     Failed,
+    Files,
     Redone,
     Sized,
     Synced,
     SyncedRange,
 )
-from tests.crash.flavours import Image
+from tests.crash.flavours import DATA_FILE, Image
 from tests.crash.guest import Allowed, compare
 from tests.crash.workload import Plan, Run, record, settle
 from tests.helpers.tools import run as run_tool
@@ -111,7 +112,7 @@ class Examiner:
         Raises:
             ViolationError: The first one found.
         """
-        cache = Cache(bytearray(run.start))
+        cache = Cache(Files.of(run.start))
         allowed = Allowed(run.guest, run.requests, kept_by_flush=True)
         judged: dict[int, int] = {}
         epoch = -1
@@ -146,7 +147,7 @@ class Examiner:
 
     async def kills(self, run: Run) -> None:
         """Examine what killing the server leaves of a run, at each event."""
-        cache = Cache(bytearray(run.start))
+        cache = Cache(Files.of(run.start))
         allowed = Allowed(run.guest, run.requests, kept_by_flush=False)
         redo = b""
         changed = False
@@ -189,7 +190,7 @@ class Examiner:
             at: The event before which it was killed.
             plan: Of the second one.
         """
-        cache = Cache(bytearray(run.start))
+        cache = Cache(Files.of(run.start))
         waiting: set[int] = set()
         redo = b""
         for now, event in enumerate(run.events[:at]):
@@ -208,7 +209,7 @@ class Examiner:
         second = await record(
             run.image,
             plan,
-            start=bytes(content),
+            start=content,
             guest=guest,
             first_number=100_000,
             links=links,
@@ -233,7 +234,7 @@ class Examiner:
 
     async def _judge(
         self,
-        content: bytearray,
+        content: Files,
         before: bytes,
         allowed: Allowed,
         values: dict[int, set[bytes]],
@@ -250,10 +251,12 @@ class Examiner:
             raise ViolationError(allowed.explain(wrong, value))
         if self._image.flavour.bitmaps:
             await self._check_bitmaps(device, found)
+        if self._image.flavour.raw:
+            self._compare_raw(disk, found)
         await settle(device)
         if redo:
             # the replay has changed it
-            content, known = disk.data, False
+            content, known = disk.files(), False
         if not known:
             self._check(content)
 
@@ -301,6 +304,13 @@ class Examiner:
         if any(live.dirty()):
             self._tally.states["bitmaps stored"] += 1
 
+    def _compare_raw(self, disk: Disk, found: bytearray) -> None:
+        """A raw data file has by itself what the guest sees."""
+        external = disk.external
+        assert external is not None
+        if bytes(external.data[: len(found)]).ljust(len(found), b"\0") != found:
+            raise ViolationError("the raw data file is not what the guest sees")
+
     def _check(self, content: bytearray) -> None:
         os.ftruncate(self._fd, len(content))
         os.pwrite(self._fd, content, 0)
@@ -311,7 +321,7 @@ class Examiner:
 
     # -- more, of some states
 
-    async def _sample(self, run: Run, content: bytearray, *, again: bool) -> None:
+    async def _sample(self, run: Run, content: Files, *, again: bool) -> None:
         chance, effort = self._chance, self._effort
         if not chance.randrange(effort.qemu):
             await self._ask_qemu(content)
@@ -322,12 +332,14 @@ class Examiner:
         if not chance.randrange(effort.cut_again):
             await self._cut_again(run, content)
 
-    async def _ask_qemu(self, content: bytearray) -> None:
+    async def _ask_qemu(self, content: Files) -> None:
         """qemu-img finds no more than leaks and reads what we read."""
         self._tally.states["seen by qemu-img"] += 1
         image = self._image
         path, raw = image.folder / "state", image.folder / "state.raw"
         path.write_bytes(content)
+        if content.external is not None:
+            (image.folder / DATA_FILE).write_bytes(content.external)
         kind = image.flavour.format
         if kind == "qcow2":
             _qemu_img("check", "-f", kind, path, expect=(0, 3))
@@ -337,7 +349,7 @@ class Examiner:
         if raw.read_bytes()[: len(found)] != bytes(found):
             raise ViolationError("qemu-img convert reads something else")
 
-    async def _recover(self, content: bytearray) -> None:
+    async def _recover(self, content: Files) -> None:
         """Write, flush and close: it reads as it should, and the check agrees."""
         self._tally.states["recovered"] += 1
         disk = Disk(content)
@@ -356,19 +368,19 @@ class Examiner:
         await device.flush()
         await device.close()
         self._check(disk.data)
-        device = await self._open(Disk(disk.data), b"")
+        device = await self._open(Disk(disk.files()), b"")
         if await self._read(device) != expected:
             raise ViolationError("after recovery it reads as something else")
         if self._image.flavour.bitmaps:
             await self._check_bitmaps(device, expected)
 
-    async def _cut_again(self, run: Run, content: bytearray) -> None:
+    async def _cut_again(self, run: Run, content: Files) -> None:
         """Cut the power while a recovered image is being written."""
         device = await self._open(Disk(content), b"")
         guest = bytes(await self._read(device))
         plan = Plan(self._chance.randrange(1 << 30), requests=5, redo=False)
         second = await record(
-            run.image, plan, start=bytes(content), guest=guest, first_number=100_000
+            run.image, plan, start=content, guest=guest, first_number=100_000
         )
         effort = self._effort
         self._effort = Effort(3, 1 << 30, 1 << 30, 1 << 30)

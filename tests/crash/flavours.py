@@ -16,7 +16,7 @@ from nbdserve.block.extents import Extent
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.qcow1.open import Qcow1Driver
 from nbdserve.formats.qcow2.open import Qcow2Driver
-from tests.crash.disk import Disk
+from tests.crash.disk import Disk, Files
 from tests.helpers.tools import run
 
 KIB: Final = 1 << 10
@@ -41,6 +41,9 @@ class Flavour:
         bitmaps: Whether it has persistent bitmaps: `live` records, `still` does not.
         holes: Bytes at the start of the disk that are discarded after it was filled.
         compacting: Whether it is compacted while the guest is at work.
+        external: Whether there is an external data file, with old bytes wherever the
+            image does not say what is there.
+        raw: Whether that is a raw image by itself.
     """
 
     format: str = "qcow2"
@@ -57,8 +60,11 @@ class Flavour:
     bitmaps: bool = False
     holes: int = 0
     compacting: bool = False
+    external: bool = False
+    raw: bool = False
 
 
+DATA_FILE: Final = "data.raw"
 _4K: Final = "cluster_size=4k"
 _V2: Final = "compat=0.10,cluster_size=4k"
 _512: Final = "cluster_size=512"
@@ -145,6 +151,13 @@ FLAVOURS: Final = {
         options=_SUB, size=400 * KIB, filled=True, holes=256 * KIB, compacting=True
     ),
     "sub-snapshot": Flavour(options=_SUB, filled=True, snapshot=True),
+    "v3-data": Flavour(options=_4K, external=True, size=97 * KIB + 512),
+    "v3-data-filled": Flavour(options=_4K, external=True, filled=True),
+    "v3-data-512": Flavour(options=_512, external=True, size=60 * KIB),
+    "v3-data-backed": Flavour(options=_4K, external=True, backing=70 * KIB + 512),
+    "sub-data": Flavour(options=_SUB, external=True, size=97 * KIB + 512),
+    "sub-data-backed": Flavour(options=_SUB, external=True, backing=70 * KIB + 512),
+    "v3-data-raw": Flavour(options=_4K, external=True, raw=True, size=97 * KIB + 512),
 }
 
 
@@ -199,14 +212,14 @@ class Image:
     Attributes:
         flavour: How it was made.
         folder: Where qemu-img finds its backing file.
-        content: The file.
+        content: The file, a `Files` if there is a data file too.
         guest: What the guest sees.
         base: Its backing disk.
     """
 
     flavour: Flavour
     folder: Path
-    content: bytes
+    content: bytes | bytearray
     guest: bytes
     base: bytes | None = None
     _driver: Qcow1Driver | Qcow2Driver = field(default_factory=Qcow2Driver)
@@ -214,7 +227,11 @@ class Image:
     async def open(self, disk: Disk) -> MappedImage:
         """Open for writing, with a pool small enough to run dry."""
         base = Base(self.base) if self.base is not None else None
-        image = await self._driver.open(
+        driver = self._driver
+        if disk.external is not None:
+            assert isinstance(driver, Qcow2Driver)
+            driver = driver.with_data(disk.external)
+        image = await driver.open(
             disk, read_only=False, backing=base, writethrough=False
         )
         assert isinstance(image, MappedImage)
@@ -232,7 +249,11 @@ def make(name: str, folder: Path) -> Image:
     path = folder / "image"
     base = None
     argv: list[str | Path] = ["qemu-img", "create", "-q", "-f", flavour.format]
-    options = ["-o", flavour.options] if flavour.options else []
+    chosen = flavour.options
+    if flavour.external:
+        whole = "on" if flavour.raw else "off"
+        chosen += f",data_file={folder / DATA_FILE},data_file_raw={whole}"
+    options = ["-o", chosen] if chosen else []
     if flavour.backing:
         base = _pattern(flavour.backing, chance)
         (folder / "base.raw").write_bytes(base)
@@ -271,7 +292,21 @@ def make(name: str, folder: Path) -> Image:
     if flavour.padding:
         os.truncate(path, flavour.padding)
     driver = Qcow1Driver() if flavour.format == "qcow" else Qcow2Driver()
-    return Image(flavour, folder, path.read_bytes(), guest, base, driver)
+    content: bytes | bytearray = path.read_bytes()
+    if flavour.external:
+        content = Files(content)
+        content.external = bytearray((folder / DATA_FILE).read_bytes())
+        if not flavour.raw:
+            _put_old_bytes(content.external, guest, empty=not flavour.filled)
+    return Image(flavour, folder, content, guest, base, driver)
+
+
+def _put_old_bytes(data: bytearray, guest: bytes, *, empty: bool) -> None:
+    """Fill the clusters of a data file that the image does not name."""
+    for start in range(0, len(data), 4096):
+        if empty or not any(guest[start : start + 4096]):
+            length = min(4096, len(data) - start)
+            data[start : start + length] = (b"old bytes;" * 410)[:length]
 
 
 def _pattern(size: int, chance: random.Random, *, dense: bool = False) -> bytes:

@@ -12,6 +12,7 @@ from nbdserve.formats.mapped import move
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.entries import OWNED, WORD_MASK
+from nbdserve.formats.mapped.external import ExternalZeros
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.mapped.redo import RedoLog
 from nbdserve.formats.mapped.tables import Table, Tables
@@ -165,7 +166,7 @@ def punch_before_commit(patch: Patch) -> None:
 def no_pins(patch: Patch) -> None:
     """Freed clusters are reused while reads and writes that name them are under way."""
 
-    async def give_back(self: Committer, freed: Any) -> None:
+    async def give_back(self: Committer, freed: Any, vacated: Any) -> None:
         assert self._release is not None
         await self._release(freed)
 
@@ -481,7 +482,47 @@ def bitmaps_not_logged(patch: Patch) -> None:
 
 
 _SPLIT: Final = ("sub-backed", "sub-filled")
-_COPYING: Final = ("v3-backed", "v3-snapshot", "v3-compressed")
+
+
+def data_file_not_flushed(patch: Patch) -> None:
+    """Barriers leave out the external data file."""
+    barrier = Committer.barrier
+
+    async def new_barrier(self: Committer) -> None:
+        data, self._data = self._data, None
+        try:
+            await barrier(self)
+        finally:
+            self._data = data
+
+    patch.setattr(Committer, "barrier", new_barrier)
+
+
+def data_file_not_filled(patch: Patch) -> None:
+    """What lies in a data file beside a first write is taken for zeros."""
+    old_shows = Allocator._old_shows
+
+    def new_old_shows(self: Allocator, kind: int, cluster: int) -> bool:
+        external, self._external = self._external, False
+        try:
+            return old_shows(self, kind, cluster)
+        finally:
+            self._external = external
+
+    patch.setattr(Allocator, "_old_shows", new_old_shows)
+
+
+def data_file_punched_in_use(patch: Patch) -> None:
+    """A data file is punched though its clusters were written again."""
+
+    async def clear(self: ExternalZeros, vacated: Any) -> None:
+        for offset, length in vacated:
+            await self._data.punch(offset, length)
+
+    patch.setattr(ExternalZeros, "clear", clear)
+
+
+_COPYING: Final = ("v3-backed", "v3-snapshot", "v3-compressed", "v3-data")
 PLANTED: Final = {
     each.plant.__name__: each
     for each in (
@@ -506,6 +547,9 @@ PLANTED: Final = {
         Planted(no_barrier_at_opening, ("v3", "v1", "v3-snapshot"), restart=True),
         Planted(reserved_length_not_durable, ("v3", "v2", "v1")),
         Planted(reserved_references_not_durable, ("v3", "v2")),
+        Planted(data_file_not_flushed, ("v3-data", "v3-data-filled", "v3-data-raw")),
+        Planted(data_file_not_filled, ("v3-data", "v3-data-512")),
+        Planted(data_file_punched_in_use, ("v3-data-filled", "v3-data-512")),
         Planted(reused_without_zeroing, ("v3-filled", "v1")),
         Planted(bitmaps_not_flagged, _BITMAPS),
         Planted(bitmap_flags_not_durable, _BITMAPS),

@@ -46,6 +46,8 @@ FAULTS = {
         "v2-compressed",
         "v3-backed",
         "sub-backed",
+        "v3-data",
+        "v3-data-raw",
         "v3-bitmaps",
     ],
 )

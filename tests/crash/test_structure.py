@@ -23,7 +23,7 @@ from nbdserve.formats.qcow2.repair import repair_image
 from nbdserve.formats.raw import RawImage
 from nbdserve.storage.memory import MemoryStorage
 from tests.crash.cuts import Cache
-from tests.crash.disk import SECTOR, Applied, Disk, Ended, Event, Sized, Synced
+from tests.crash.disk import SECTOR, Applied, Disk, Ended, Event, Files, Sized, Synced
 from tests.helpers.tools import run
 
 KIB = 1 << 10
@@ -164,7 +164,7 @@ class Cutter:
     ) -> None:
         allowed = {await look(self.start, self.base), await look(after, self.base)}
         chance = random.Random(seed)
-        cache = Cache(bytearray(self.start))
+        cache = Cache(Files.of(self.start))
         judged: set[int] = set()
         for now, event in enumerate(events):
             fresh = cache.take(event, now)

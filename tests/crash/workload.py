@@ -61,7 +61,7 @@ class Run:
     """
 
     image: Image
-    start: bytes
+    start: bytes | bytearray
     guest: bytes
     events: list[Event]
     requests: list[Request]
@@ -313,7 +313,7 @@ async def record(
     image: Image,
     plan: Plan,
     *,
-    start: bytes | None = None,
+    start: bytes | bytearray | None = None,
     guest: bytes | None = None,
     first_number: int = 0,
     links: Sequence[Link] = (),

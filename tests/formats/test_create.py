@@ -144,7 +144,7 @@ def test_raw_has_its_size_to_the_byte(
         ({"compat": 4}, "must be 2 or 3"),
         ({"refcount_bits": 3}, "1, 2, 4, 8, 16, 32 or 64"),
         ({"compat": 2, "refcount_bits": 8}, "version 2 has 16"),
-        ({"preallocation": "full"}, "off, falloc"),
+        ({"preallocation": "all"}, "off, metadata, falloc, full"),
         ({"size": -1}, "size -1"),
         ({"size": 1 << 62}, "larger clusters"),
         ({"size": 200 << 30, "cluster_size": 512}, "at most"),

@@ -37,6 +37,8 @@ class Prepared:
         folder: Where the backing files are, for qemu-img to find.
         cluster_size: Bytes, of the top image.
         snapshot: What the internal snapshot has, if there is one.
+        data_file: What the external data file has, if there is one. qemu-img looks for
+            it as `DATA_FILE` in the folder.
     """
 
     layers: list[Layer]
@@ -44,8 +46,10 @@ class Prepared:
     folder: Path
     cluster_size: int
     snapshot: bytes | None = None
+    data_file: bytes | None = None
 
 
+DATA_FILE = "data.raw"
 Build = Callable[[Path], Prepared]
 
 
@@ -150,6 +154,41 @@ def with_snapshot(options: str, size: int, folder: Path) -> Prepared:
     return Prepared([layer], bytes(data), folder, cluster_size, snapshot)
 
 
+def with_data_file(
+    options: str, size: int, folder: Path, *, below: bool = False
+) -> Prepared:
+    """An image whose data file has old bytes wherever nothing is mapped."""
+    data = folder / DATA_FILE
+    path, model = folder / "image", bytearray(size)
+    argv = [
+        "qemu-img",
+        "create",
+        "-q",
+        "-f",
+        "qcow2",
+        "-o",
+        f"data_file={data},{options}",
+    ]
+    layers = []
+    if below:
+        model[:] = noise(size)
+        base = folder / "base"
+        base.write_bytes(model)
+        layers.append(Layer("raw", bytes(model)))
+        run(*argv, "-b", base, "-F", "raw", path)
+    else:
+        run(*argv, path, str(size))
+    if "raw=on" not in options:
+        data.write_bytes(b"old" * (size // 3))
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 5 128k 100k", path)
+    model[128 * KIB : 228 * KIB] = b"\x05" * (100 * KIB)
+    layers.insert(0, Layer("qcow2", path.read_bytes()))
+    cluster_size = cluster_size_of("qcow2", options)
+    return Prepared(
+        layers, bytes(model), folder, cluster_size, data_file=data.read_bytes()
+    )
+
+
 ODD = MIB + 3 * 512
 
 DISKS: dict[str, Build] = {
@@ -206,6 +245,16 @@ DISKS: dict[str, Build] = {
         300 * KIB,
         compressed=True,
     ),
+    "data-file": partial(with_data_file, "data_file_raw=off", ODD),
+    "data-file-512": partial(with_data_file, "cluster_size=512", ODD),
+    "data-file-subclusters": partial(
+        with_data_file, "cluster_size=16k,extended_l2=on", ODD
+    ),
+    "data-file-subclusters-over-raw": partial(
+        with_data_file, "cluster_size=32k,extended_l2=on", ODD, below=True
+    ),
+    "data-file-raw": partial(with_data_file, "cluster_size=4k,data_file_raw=on", ODD),
+    "data-file-over-raw": partial(with_data_file, "cluster_size=16k", ODD, below=True),
     "snapshot": partial(with_snapshot, "", ODD),
     "snapshot-512": partial(with_snapshot, "cluster_size=512", ODD),
     "snapshot-refcount-2": partial(

@@ -16,6 +16,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from nbdserve.block.device import BlockDevice
+from nbdserve.formats.chain import driver_with
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.opening import EngineOptions
 from nbdserve.formats.mapped.redo import RedoLog
@@ -24,7 +25,7 @@ from nbdserve.storage.base import Buffer, Storage
 from nbdserve.storage.faults import WrappedStorage
 from nbdserve.storage.memory import MemoryStorage
 from tests.helpers.tools import run
-from tests.property.disks import DISKS, SNAPSHOT, Prepared
+from tests.property.disks import DATA_FILE, DISKS, SNAPSHOT, Prepared
 from tests.property.oracle import Operation, Oracle
 
 FULL = bool(os.environ.get("NBDSERVE_FULL"))
@@ -61,6 +62,7 @@ class Example:
         self.knobs = knobs
         self.oracle = Oracle(bytearray(prepared.model))
         self.content = prepared.layers[0].content
+        self.data_file = prepared.data_file
         self.generator = random.Random(knobs.seed)
         self.options = EngineOptions(
             table_cache=knobs.table_cache, commit_interval_s=knobs.commit_interval_s
@@ -69,15 +71,18 @@ class Example:
     async def run(self, sessions: list[list[list[Operation]]]) -> None:
         for session in sessions:
             memory = MemoryStorage(self.content, name="top")
-            device = await self.open(memory)
+            data = MemoryStorage(self.data_file or b"", name="data file")
+            device = await self.open(memory, data)
             try:
                 for batch in session:
                     await self.run_batch(device, batch)
             finally:
                 await device.close()
             self.content = memory.content()
+            if self.data_file is not None:
+                self.data_file = data.content()
 
-    async def open(self, memory: MemoryStorage) -> BlockDevice:
+    async def open(self, memory: MemoryStorage, data: MemoryStorage) -> BlockDevice:
         device: BlockDevice | None = None
         table = drivers(self.options)
         for layer in reversed(self.prepared.layers[1:]):
@@ -88,7 +93,10 @@ class Example:
                 backing=device,
                 writethrough=False,
             )
-        top = await table[self.prepared.layers[0].fmt].open(
+        driver = table[self.prepared.layers[0].fmt]
+        if self.data_file is not None:
+            driver = driver_with(driver, WhimsicalStorage(data, self.generator))
+        top = await driver.open(
             WhimsicalStorage(memory, self.generator),
             read_only=False,
             backing=device,
@@ -131,7 +139,8 @@ class Example:
 
     async def judge_status(self) -> None:
         """What is said to be zero reads as zeros; nothing is left out."""
-        device = await self.open(MemoryStorage(self.content))
+        data = MemoryStorage(self.data_file or b"")
+        device = await self.open(MemoryStorage(self.content), data)
         try:
             extents = await device.block_status(0, device.size)
             position = 0
@@ -149,6 +158,8 @@ class Example:
         fmt = prepared.layers[0].fmt
         path = prepared.folder / "result"
         path.write_bytes(self.content)
+        if self.data_file is not None:
+            (prepared.folder / DATA_FILE).write_bytes(self.data_file)
         expected = prepared.folder / "expected"
         expected.write_bytes(self.oracle.content)
         run("qemu-img", "compare", "-f", fmt, "-F", "raw", path, expected)

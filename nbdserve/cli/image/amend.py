@@ -3,13 +3,14 @@
 import argparse
 import os
 
-from nbdserve.cli.parser import one_of
+from nbdserve.cli.parser import define_allowed_files, one_of
 from nbdserve.errors import ConfigError
 
 TAKES = "PATH"
 
 DESCRIPTION = """\
-Change the version, the width of refcounts, or lazy refcounts of a qcow2 image.
+Change the version, the width of refcounts, lazy refcounts, or what is recorded of
+the external data file of a qcow2 image.
 The disk stays the same. The image must not be served or used meanwhile. After
 a crash at any moment it is as before or as wanted; `nbdserve image check` may
 find leaks."""
@@ -43,12 +44,18 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="whether writers may put refcounts off (qemu does, nbdserve never)",
     )
     parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
+        "--data-file",
+        metavar="PATH",
+        help="another name of the external data file, as the image will record it;"
+        " the file itself stays as and where it is",
     )
+    parser.add_argument(
+        "--data-file-raw",
+        metavar="on|off",
+        type=one_of("on", "off"),
+        help="off: the data file need not be a raw image by itself any more",
+    )
+    define_allowed_files(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -57,27 +64,39 @@ def run(arguments: argparse.Namespace) -> int:
 
     from nbdserve.app import default_state_dir
     from nbdserve.cli.image import named_errors
+    from nbdserve.cli.image.disks import left_a_log
     from nbdserve.formats.amend import amend_image, prepare_to_amend
+    from nbdserve.formats.create import judge_data_name
     from nbdserve.formats.qcow2.amend import Amendment
 
-    lazy = arguments.lazy_refcounts
+    lazy, raw = arguments.lazy_refcounts, arguments.data_file_raw
+    data_file = None
+    if arguments.data_file is not None:
+        judge_data_name(arguments.data_file)
+        data_file = os.fsencode(arguments.data_file)
     wanted = Amendment(
         version=int(arguments.compat) if arguments.compat else None,
         refcount_bits=int(arguments.refcount_bits) if arguments.refcount_bits else None,
         lazy_refcounts=None if lazy is None else lazy == "on",
+        data_file=data_file,
+        data_file_raw=None if raw is None else raw == "on",
     )
     if wanted == Amendment():
         raise ConfigError(
-            "nothing to amend: say --compat, --refcount-bits or --lazy-refcounts"
+            "nothing to amend: say --compat, --refcount-bits, --lazy-refcounts or"
+            " --data-file"
         )
     with named_errors(arguments.path):
-        asyncio.run(
-            prepare_to_amend(
-                arguments.path,
-                wanted,
-                allow_backing=arguments.allow_backing,
-                state_dir=default_state_dir(os.environ),
+        # a data file that has moved can't be opened, and need not
+        if wanted.of_the_disk or left_a_log(arguments.path):
+            asyncio.run(
+                prepare_to_amend(
+                    arguments.path,
+                    wanted,
+                    allow_backing=arguments.allow_backing,
+                    allow_data_file=arguments.allow_data_file,
+                    state_dir=default_state_dir(os.environ),
+                )
             )
-        )
         amend_image(arguments.path, wanted)
     return 0

@@ -17,7 +17,11 @@ if TYPE_CHECKING:
 
 @asynccontextmanager
 async def opened_to_change(
-    path: str, *, image_format: str | None = None, allow_backing: Sequence[str] = ()
+    path: str,
+    *,
+    image_format: str | None = None,
+    allow_backing: Sequence[str] = (),
+    allow_data_file: Sequence[str] = (),
 ) -> AsyncIterator["BlockDevice"]:
     """Open an image that nobody else uses, and close it in the end.
 
@@ -34,6 +38,7 @@ async def opened_to_change(
         path,
         format=image_format or "auto",
         allow_backing=allow_backing,
+        allow_data_file=allow_data_file,
         state_dir=default_state_dir(os.environ),
     ) as device:
         for note in device.notes:

@@ -2,7 +2,7 @@
 
 import argparse
 
-from nbdserve.cli.parser import one_of
+from nbdserve.cli.parser import define_allowed_files, one_of
 
 TAKES = "PATH"
 
@@ -38,13 +38,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=one_of("qcow2", "qcow", "raw"),
         help="of the backing file, where the overlay does not say",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -72,6 +66,7 @@ async def _commit(arguments: argparse.Namespace) -> int:
             image_format=arguments.format or "auto",
             backing_format=arguments.backing_format,
             allow_backing=arguments.allow_backing,
+            allow_data_file=arguments.allow_data_file,
             empty=not arguments.keep,
             engine=engine_options(),
             progress=progress,

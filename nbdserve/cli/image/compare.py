@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from nbdserve.cli.parser import one_of
+from nbdserve.cli.parser import define_allowed_files, one_of
 
 TAKES = "A B"
 
@@ -36,13 +36,7 @@ def define(parser: argparse.ArgumentParser) -> None:
             type=one_of("qcow2", "qcow", "raw"),
             help=f"of {upper} (default: what its header says, else raw)",
         )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -71,6 +65,7 @@ async def _compare(arguments: argparse.Namespace) -> int:
                 getattr(arguments, name),
                 image_format=getattr(arguments, f"format_{name}"),
                 allow_backing=arguments.allow_backing,
+                allow_data_file=arguments.allow_data_file,
             )
             stack.push_async_callback(disk.close)
             disks.append(disk)

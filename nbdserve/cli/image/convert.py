@@ -3,7 +3,13 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from nbdserve.cli.parser import judged, one_of
+from nbdserve.cli.image.layout import (
+    define_data_file,
+    define_preallocation,
+    judge_data_file,
+    lazy_refcounts,
+)
+from nbdserve.cli.parser import define_allowed_files, judged, one_of
 from nbdserve.config.units import parse_size
 
 if TYPE_CHECKING:
@@ -23,7 +29,15 @@ examples:
   nbdserve image convert nbd://127.0.0.1/disk copy.qcow2
   nbdserve image convert disk.qcow2 'nbd+unix:///disk?socket=/run/nbd.sock'"""
 
-_LAYOUT = ("backing", "cluster_size", "compat", "compress", "preallocation")
+_LAYOUT = (
+    "backing",
+    "cluster_size",
+    "compat",
+    "compress",
+    "preallocation",
+    "data_file",
+    "lazy_refcounts",
+)
 _FORMATS = ("qcow2", "qcow", "raw")
 
 
@@ -48,13 +62,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=one_of(*_FORMATS),
         help="of DST (default: qcow2, raw for a device or URI)",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
     define_layout(parser)
     parser.add_argument(
         "--compress",
@@ -80,6 +88,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=one_of(*_FORMATS),
         help="its format: raw, qcow or qcow2; needed with --backing",
     )
+    define_data_file(parser)
 
 
 def define_layout(parser: argparse.ArgumentParser) -> None:
@@ -108,12 +117,7 @@ def define_layout(parser: argparse.ArgumentParser) -> None:
         help="subclusters, 32 in each cluster: an overlay then copies 2K for a small"
         " write, not 64K (qemu 5.2 or later)",
     )
-    parser.add_argument(
-        "--preallocation",
-        metavar="off|falloc",
-        type=one_of("off", "falloc"),
-        help="falloc takes all the space from the file system now (default: off)",
-    )
+    define_preallocation(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -125,6 +129,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     if bool(arguments.backing) != bool(arguments.backing_format):
         raise ConfigError("--backing and --backing-format go together")
+    judge_data_file(arguments)
     in_place = is_uri(arguments.destination) or is_block_device(arguments.destination)
     if in_place:
         _judge_in_place(arguments)
@@ -157,6 +162,7 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
         arguments.source,
         image_format=arguments.from_format,
         allow_backing=arguments.allow_backing,
+        allow_data_file=arguments.allow_data_file,
         snapshot=arguments.snapshot,
     )
     try:
@@ -175,6 +181,9 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
             preallocation=arguments.preallocation,
             bitmaps=arguments.bitmaps,
             extended_l2=arguments.extended_l2,
+            data_file=arguments.data_file,
+            data_file_raw=bool(arguments.data_file_raw),
+            lazy_refcounts=lazy_refcounts(arguments),
         )
         with progress_bar("converting", source.size) as progress:
             await convert_to_file(
@@ -182,6 +191,7 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
                 arguments.destination,
                 target,
                 allow_backing=arguments.allow_backing,
+                allow_data_file=arguments.allow_data_file,
                 progress=progress,
             )
     finally:

@@ -1,7 +1,15 @@
 """`nbdserve image create`: a new, empty image."""
 
 import argparse
+import signal
+import sys
 
+from nbdserve.cli.image.layout import (
+    define_data_file,
+    define_preallocation,
+    judge_data_file,
+    lazy_refcounts,
+)
 from nbdserve.cli.parser import judged, one_of
 from nbdserve.config.units import parse_size
 
@@ -72,16 +80,13 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="subclusters, 32 in each cluster: an overlay then copies 2K for a small"
         " write, not 64K (qemu 5.2 or later)",
     )
-    group.add_argument(
-        "--preallocation",
-        metavar="off|falloc",
-        type=one_of("off", "falloc"),
-        help="falloc takes all the space from the file system now (default: off)",
-    )
+    define_preallocation(group)
+    define_data_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the image; say nothing when it worked, as cp does."""
+    from nbdserve.cli.progress import TERMINATED, progress_bar
     from nbdserve.errors import ConfigError
     from nbdserve.formats.create import create_image
 
@@ -89,17 +94,26 @@ def run(arguments: argparse.Namespace) -> int:
         raise ConfigError("--backing-format needs --backing")
     if arguments.backing and not arguments.backing_format:
         raise ConfigError("--backing needs --backing-format: raw, qcow or qcow2")
+    judge_data_file(arguments)
+    # a long preallocation cleans up after itself
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     compat, refcount_bits = arguments.compat, arguments.refcount_bits
-    create_image(
-        arguments.path,
-        arguments.size,
-        format=arguments.format,
-        backing=arguments.backing,
-        backing_format=arguments.backing_format,
-        cluster_size=arguments.cluster_size,
-        compat=None if compat is None else int(compat),
-        refcount_bits=None if refcount_bits is None else int(refcount_bits),
-        preallocation=arguments.preallocation,
-        extended_l2=arguments.extended_l2,
-    )
+    length = arguments.size if arguments.preallocation == "full" else 0
+    with progress_bar("writing zeros", length) as progress:
+        create_image(
+            arguments.path,
+            arguments.size,
+            format=arguments.format,
+            backing=arguments.backing,
+            backing_format=arguments.backing_format,
+            cluster_size=arguments.cluster_size,
+            compat=None if compat is None else int(compat),
+            refcount_bits=None if refcount_bits is None else int(refcount_bits),
+            preallocation=arguments.preallocation,
+            extended_l2=arguments.extended_l2,
+            data_file=arguments.data_file,
+            data_file_raw=bool(arguments.data_file_raw),
+            lazy_refcounts=lazy_refcounts(arguments),
+            progress=progress,
+        )
     return 0

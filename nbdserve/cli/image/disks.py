@@ -28,6 +28,7 @@ async def open_source(
     *,
     image_format: str | None,
     allow_backing: Sequence[str] = (),
+    allow_data_file: Sequence[str] = (),
     snapshot: str | None = None,
 ) -> "BlockDevice":
     """Open what is read; the caller closes it.
@@ -36,6 +37,7 @@ async def open_source(
         text: A path or an NBD URI.
         image_format: None tells it from the content.
         allow_backing: Folders in which backing files may lie.
+        allow_data_file: External data files that may be opened, or their folders.
         snapshot: Of an internal one whose disk is meant, its name or id.
 
     Raises:
@@ -45,12 +47,15 @@ async def open_source(
     if not is_uri(text):
         from nbdserve.formats.open import open_image
 
-        await _link_what_was_acknowledged(text, image_format, allow_backing)
+        await _link_what_was_acknowledged(
+            text, image_format, allow_backing, allow_data_file
+        )
         return await open_image(
             text,
             format=image_format or "auto",
             read_only=True,
             allow_backing=allow_backing,
+            allow_data_file=allow_data_file,
             snapshot=snapshot,
         )
     if image_format not in (None, "raw"):
@@ -61,7 +66,10 @@ async def open_source(
 
 
 async def _link_what_was_acknowledged(
-    path: str, image_format: str | None, allow_backing: Sequence[str]
+    path: str,
+    image_format: str | None,
+    allow_backing: Sequence[str],
+    allow_data_file: Sequence[str],
 ) -> None:
     """Link what a killed server had answered, so that it is read and not left out.
 
@@ -71,23 +79,26 @@ async def _link_what_was_acknowledged(
     """
     from nbdserve.formats.open import open_image
 
-    state_dir = engine_options().state_dir
-    if state_dir is None or image_format == "raw" or not _has_log(path, state_dir):
+    if image_format == "raw" or not left_a_log(path):
         return
     async with open_image(
         path,
         format=image_format or "auto",
         allow_backing=allow_backing,
-        state_dir=state_dir,
+        allow_data_file=allow_data_file,
+        state_dir=engine_options().state_dir,
     ) as image:
         for note in image.notes:
             print(f"nbdserve: {note}", file=sys.stderr)
 
 
-def _has_log(path: str, state_dir: Path) -> bool:
+def left_a_log(path: str) -> bool:
     """Return whether a server left a redo log of an image, or still keeps it."""
     from nbdserve.formats.mapped.redo import redo_path
 
+    state_dir = engine_options().state_dir
+    if state_dir is None:
+        return False
     try:
         status = os.stat(path)
     except OSError:

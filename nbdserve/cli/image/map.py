@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from nbdserve.cli.parser import define_allowed_files
+
 TAKES = "PATH"
 
 DESCRIPTION = """\
@@ -24,13 +26,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="for programs, with the field names of qemu-img map; every range, zeros"
         " and holes too",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -52,6 +48,7 @@ async def _print_map(arguments: argparse.Namespace) -> None:
         arguments.path,
         read_only=True,
         allow_backing=arguments.allow_backing,
+        allow_data_file=arguments.allow_data_file,
         lock=False,
     ) as device:
         if arguments.json:
@@ -66,14 +63,14 @@ async def _print_map(arguments: argparse.Namespace) -> None:
 
 
 def _file_names(path: str) -> list[str]:
-    """Return the files of a chain, which was opened and so is finite and allowed."""
+    """Return where data lie in a chain, which was opened and so is finite and allowed."""
     from nbdserve.formats.info import image_info
 
     names = []
     following: str | None = path
     image_format = None
     while following is not None:
-        names.append(following)
         info = image_info(following, format=image_format)
+        names.append(info.full_data_filename or following)
         following, image_format = info.full_backing_filename, info.backing_format
     return names

@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from nbdserve.cli.parser import judged, one_of
+from nbdserve.cli.parser import define_allowed_files, judged, one_of
 from nbdserve.config.units import parse_size
 
 TAKES = "[SRC]"
@@ -43,13 +43,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         default="qcow2",
         help="of the new image (default: qcow2)",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
     define_layout(parser)
     parser.add_argument(
         "--json",
@@ -90,6 +84,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
                 arguments.source,
                 image_format=arguments.from_format,
                 allow_backing=arguments.allow_backing,
+                allow_data_file=arguments.allow_data_file,
             )
             stack.push_async_callback(source.close)
         size = arguments.size if source is None else source.size

@@ -2,7 +2,7 @@
 
 import argparse
 
-from nbdserve.cli.parser import one_of
+from nbdserve.cli.parser import define_allowed_files, one_of
 
 TAKES = "PATH --backing NEW"
 
@@ -46,13 +46,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         type=one_of("qcow2", "qcow"),
         help="of the image (default: what its header says)",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -94,6 +88,7 @@ async def _rebase(arguments: argparse.Namespace) -> int:
             arguments.backing_format,
             image_format=arguments.format or "auto",
             allow_backing=arguments.allow_backing,
+            allow_data_file=arguments.allow_data_file,
             engine=engine,
             progress=progress,
         )

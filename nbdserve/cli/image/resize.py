@@ -3,7 +3,8 @@
 import argparse
 import re
 
-from nbdserve.cli.parser import judged, one_of
+from nbdserve.cli.image.layout import define_preallocation
+from nbdserve.cli.parser import define_allowed_files, judged, one_of
 from nbdserve.config.units import parse_size
 
 TAKES = "PATH SIZE"
@@ -44,24 +45,20 @@ def define(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="auto tells qcow2 by its magic; for a raw image say raw (default: auto)",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_preallocation(parser)
+    define_allowed_files(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Resize; say nothing when it worked."""
-    import asyncio
-
     from nbdserve.cli.image import named_errors
+    from nbdserve.cli.progress import run_interruptibly
 
     with named_errors(arguments.path):
-        asyncio.run(_resize(arguments))
-    return 0
+        return run_interruptibly(
+            _resize(arguments),
+            state="the disk has the old size or the new one, not all of it preallocated",
+        )
 
 
 def _size(text: str) -> tuple[str, int]:
@@ -70,8 +67,10 @@ def _size(text: str) -> tuple[str, int]:
     return sign, parse_size(text.removeprefix(sign))
 
 
-async def _resize(arguments: argparse.Namespace) -> None:
+async def _resize(arguments: argparse.Namespace) -> int:
     from nbdserve.cli.image.changing import opened_to_change
+    from nbdserve.cli.progress import progress_bar
+    from nbdserve.errors import ConfigError
 
     image_format = None if arguments.format == "auto" else arguments.format
     sign, size = arguments.size
@@ -79,9 +78,24 @@ async def _resize(arguments: argparse.Namespace) -> None:
         arguments.path,
         image_format=image_format,
         allow_backing=arguments.allow_backing,
+        allow_data_file=arguments.allow_data_file,
     ) as device:
         if sign == "+":
             size = device.size + size
         elif sign == "-":
             size = device.size - size
+        old = device.size
+        taken = arguments.preallocation or "off"
+        if taken != "off":
+            if size < old:
+                raise ConfigError(
+                    "--preallocation is for a larger size, not a smaller one"
+                )
+            # nothing yet, but what is impossible is refused before anything changes
+            await device.preallocate(old, old, taken, lambda _: None)
         await device.resize(size, shrink=arguments.shrink)
+        if taken != "off":
+            length = device.size - old if taken == "full" else 0
+            with progress_bar("writing zeros", length) as progress:
+                await device.preallocate(old, device.size, taken, progress)
+    return 0

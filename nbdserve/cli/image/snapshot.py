@@ -3,7 +3,7 @@
 import argparse
 import json
 
-from nbdserve.cli.parser import one_of
+from nbdserve.cli.parser import define_allowed_files, one_of
 from nbdserve.errors import ConfigError
 
 TAKES = "list|create|apply|delete PATH [NAME]"
@@ -47,13 +47,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="list for programs, with the field names of qemu-img info",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,7 +89,11 @@ async def _change(arguments: argparse.Namespace) -> None:
     from nbdserve.cli.image.changing import as_qcow2, opened_to_change
 
     path, name = arguments.path, arguments.name
-    async with opened_to_change(path, allow_backing=arguments.allow_backing) as device:
+    async with opened_to_change(
+        path,
+        allow_backing=arguments.allow_backing,
+        allow_data_file=arguments.allow_data_file,
+    ) as device:
         image = as_qcow2(device, path, "have internal snapshots")
         if arguments.verb == "create":
             await image.create_snapshot(name)

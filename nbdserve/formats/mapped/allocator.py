@@ -116,6 +116,7 @@ class Allocator:
         self.busy: Turnstile[int] = Turnstile()
         self._storage = parts.storage
         self._data = parts.data
+        self._external = parts.external
         self._geometry = parts.geometry
         self._codec = parts.codec
         self._tables = parts.tables
@@ -283,6 +284,9 @@ class Allocator:
 
     async def _look_at_owner(self, table: Table, index: int) -> None:
         """Find out whether a plain cluster may be written in place."""
+        if self._external:
+            self._claim(table)
+            return
         word, known = table.words[index], table.kinds[index]
         owned = await self._owned(word & self._codec.l2_offset_mask, False)
         if table.words[index] == word and table.kinds[index] == known:
@@ -293,6 +297,28 @@ class Allocator:
             else:
                 kind = OWNED
             table.kinds[index] = kind if known == NORMAL else kind - WHOLE
+
+    def _claim(self, table: Table) -> None:
+        """Let all clusters of a table count as its own, as those of a data file are."""
+        kinds = table.kinds
+        for known in (NORMAL, SPLIT):
+            index = kinds.find(known)
+            while index >= 0:
+                kind = UNPUBLISHED if self._commit.holds(table, index) else OWNED
+                kinds[index] = kind if known == NORMAL else kind - WHOLE
+                index = kinds.find(known, index + 1)
+
+    async def claim(self, guest_offset: int) -> None:
+        """Look at whose the mapped clusters around `guest_offset` are (data file only)."""
+        gate = self._gate
+        if gate.closed:
+            await gate.opened()
+        gate.enter()
+        try:
+            number = guest_offset >> self._geometry.table_bits
+            self._claim(await self.table_for_change(number))
+        finally:
+            gate.leave()
 
     async def _write_in_place(
         self,
@@ -365,7 +391,7 @@ class Allocator:
         count = self._count(
             table, index, cluster, within, len(data), old_shows=old_shows
         )
-        grant = self._pool.take(count, soft=self._commit.redo is not None)
+        grant = self._place(cluster, count)
         if grant is None:
             await self._pool.refill()
             return 0
@@ -390,8 +416,18 @@ class Allocator:
             await self._commit.flush()
         return min(room, len(data))
 
+    def _place(self, cluster: int, count: int) -> Grant | None:
+        """Return where new guest clusters go; None if the pool has to be refilled."""
+        if self._external:
+            # Nobody knows what lies there, so never before the next barrier.
+            bits = self._geometry.cluster_bits
+            return Grant(cluster << bits, count, durable=False)
+        return self._pool.take(count, soft=self._commit.redo is not None)
+
     def _old_shows(self, kind: int, cluster: int) -> bool:
         """Return whether bytes other than zeros may show where a cluster is not written."""
+        if self._external:
+            return True
         if kind in (UNALLOCATED, SPLIT_UNPLACED):
             return cluster << self._geometry.cluster_bits < self._backing_size
         return kind in (COMPRESSED, SHARED, SPLIT_SHARED)
@@ -449,7 +485,7 @@ class Allocator:
         table, index = allocation.table, allocation.index
         wanted, allocation.bitmap = self._wanted(table, index, within, len(data))
         pieces, zeros = await self._pieces(table, index, wanted, within, data)
-        if zeros:
+        if zeros and not self._external:
             # Nothing but zeros was to be seen there: as good as a first write.
             pieces = [(within, data)]
             if allocation.grant.durable:
@@ -531,6 +567,9 @@ class Allocator:
 
     async def _put(self, host_offset: int, data: memoryview) -> None:
         """Write to a cluster that this operation holds."""
+        if self._external:
+            # its data file is as long as the disk
+            data = data[: max(self._geometry.size - host_offset, 0)]
         if not self._data.try_write(host_offset, data):
             generation = self._pins.enter()
             try:
@@ -561,6 +600,8 @@ class Allocator:
 
     def _roll_data_back(self, allocation: DataAllocation) -> None:
         """Give the clusters back; they were written, and their link may be in the file."""
+        if self._external:
+            return
         grant = allocation.grant
         self._commit.free(
             grant.host_offset, grant.clusters << self._geometry.cluster_bits
@@ -584,6 +625,8 @@ class Allocator:
         if kind >= SPLIT and (word & mask, self._geometry.cluster_size) in replaced:
             # only the subclusters are others
             kind, replaced = UNKNOWN, []
+        elif kind in (NORMAL, SPLIT) and self._external:
+            kind += OWNED - NORMAL
         elif kind in (NORMAL, SPLIT):
             # It may have been given to others since, or freed as a leak by a check.
             host_offset = word & mask
@@ -608,10 +651,14 @@ class Allocator:
     def named(self, table: Table, index: int, count: int) -> list[tuple[int, int]]:
         """Return what `count` entries name: host offsets and lengths in bytes.
 
+        That is nothing in an image whose data lie in a file of their own.
+
         Raises:
             ImageCorruptError: They name a table, which must never be given back.
         """
         extents: list[tuple[int, int]] = []
+        if self._external:
+            return extents
         for position in range(index, index + count):
             kind = self._mapping.kind(table, position)
             word = table.words[position]

@@ -80,6 +80,7 @@ class Committer:
         interval_s: float,
         writethrough: bool,
         table_bytes: int = 32 << 20,
+        data: Storage | None = None,
     ) -> None:
         """Begin with nothing to commit.
 
@@ -90,6 +91,7 @@ class Committer:
             writethrough: See the class.
             table_bytes: Memory for tables, which those with held words can't leave:
                 half of it starts a commit, and twice of it makes writers wait for one.
+            data: The file that guest data lie in, if that is another one.
         """
         self.writethrough = writethrough
         self.dirty = False
@@ -97,6 +99,7 @@ class Committer:
         self.failed: OSError | None = None
         self.refusal: str | None = None
         self._storage = storage
+        self._data = data
         self._pins = pins
         self._interval_s = interval_s
         self._held: dict[Key, int | None] = {}
@@ -111,6 +114,8 @@ class Committer:
         self._owed: OSError | None = None
         self._mark: Callable[[], Awaitable[None]] | None = None
         self._release: Callable[[list[Freed]], Awaitable[None]] | None = None
+        self._vacated: list[Freed] = []
+        self._clear: Callable[[list[Freed]], Awaitable[None]] | None = None
         self._waiters: list[asyncio.Future[None]] = []
         self._running: asyncio.Task[None] | None = None
         self._releasing: set[asyncio.Task[None]] = set()
@@ -120,6 +125,10 @@ class Committer:
     def on_release(self, release: Callable[[list[Freed]], Awaitable[None]]) -> None:
         """Name the coroutine that takes freed clusters once nobody knows them."""
         self._release = release
+
+    def on_vacated(self, clear: Callable[[list[Freed]], Awaitable[None]]) -> None:
+        """Name the coroutine that takes guest ranges without data of their own."""
+        self._clear = clear
 
     def on_damage(self, mark: Callable[[], Awaitable[None]]) -> None:
         """Name the coroutine that notes in the file that the image is damaged."""
@@ -175,6 +184,9 @@ class Committer:
         """Make everything durable that was written before."""
         self.check()
         try:
+            if self._data is not None:
+                # first: metadata never are more durable than what they name
+                await self._data.flush()
             await self._storage.flush()
         except OSError as error:
             self.failed = error
@@ -366,6 +378,16 @@ class Committer:
         self.dirty = True
         self._schedule()
 
+    def vacate(self, guest_offset: int, length: int) -> None:
+        """Give back a range of the data file when nothing durable names it any more.
+
+        What is written there meanwhile is not for this class to know: a cluster of an
+        external data file has its place for ever, and may be in use again.
+        """
+        self._vacated.append((guest_offset, length))
+        self.dirty = True
+        self._schedule()
+
     # -- commits
 
     async def flush(self) -> None:
@@ -386,7 +408,7 @@ class Committer:
 
     def _tick(self) -> None:
         self._timer = None
-        if self.failed is None and (self._held or self._freed):
+        if self.failed is None and (self._held or self._freed or self._vacated):
             self._start()
 
     def _start(self) -> None:
@@ -416,7 +438,7 @@ class Committer:
                     break
         finally:
             self._running = None
-        if self.failed is None and (self._held or self._freed):
+        if self.failed is None and (self._held or self._freed or self._vacated):
             self._schedule()
 
     async def _commit(self) -> None:
@@ -430,6 +452,7 @@ class Committer:
         self._committing = held
         words = {key: key[0].entry(key[1]) for key in held}
         freed, self._freed = self._freed, []
+        vacated, self._vacated = self._vacated, []
         sequence = self.redo.sequence if self.redo is not None else 0
         done = False
         try:
@@ -450,6 +473,7 @@ class Committer:
                         self._let_go(key[0])
                     self._held[key] = None
                 self._freed = freed + self._freed
+                self._vacated = vacated + self._vacated
             ended, self._commit_ended = self._commit_ended, []
             for waiter in ended:
                 if not waiter.done():
@@ -460,8 +484,10 @@ class Committer:
             table.kinds[index] = _PUBLISHED.get(kind, kind)
         if self.redo is not None:
             self.redo.committed(sequence)
-        if freed:
-            task = asyncio.get_running_loop().create_task(self._give_back(freed))
+        if freed or vacated:
+            task = asyncio.get_running_loop().create_task(
+                self._give_back(freed, vacated)
+            )
             self._releasing.add(task)
             task.add_done_callback(self._releasing.discard)
 
@@ -483,17 +509,22 @@ class Committer:
             if not writes % _WRITES_PER_TURN:
                 await asyncio.sleep(0)
 
-    async def _give_back(self, freed: list[Freed]) -> None:
+    async def _give_back(self, freed: list[Freed], vacated: list[Freed]) -> None:
         """Step C: hand freed clusters on once no input or output names them."""
         await self._pins.drained()
-        if self._release is None or self.failed is not None:
+        if self.failed is not None:
             return
         try:
-            await self._release(freed)
+            if self._release is not None and freed:
+                await self._release(freed)
+                freed = []
+            if self._clear is not None and vacated:
+                await self._clear(vacated)
         except OSError as error:
             # None of them was given back: they are freed by the next commit as well.
             self._owed = error
             self._freed = freed + self._freed
+            self._vacated = vacated + self._vacated
             self.dirty = True
             self._schedule()
         except ImageCorruptError:

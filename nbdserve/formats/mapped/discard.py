@@ -26,6 +26,7 @@ from nbdserve.formats.mapped.entries import (
     ZERO,
     ZERO_ALLOCATED,
 )
+from nbdserve.formats.mapped.external import ExternalZeros
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts
 from nbdserve.formats.mapped.tables import Table
@@ -57,6 +58,8 @@ class Discarder:
         self._writer = writer
         self._commit = commit
         self._backing_size = parts.backing_size
+        self._external = ExternalZeros(parts, mapping, allocator, writer, commit)
+        self._is_external, self._is_raw = parts.external, parts.raw
 
     async def write_zeroes(
         self, offset: int, length: int, *, may_unmap: bool, fua: bool
@@ -64,6 +67,10 @@ class Discarder:
         """Make a range read as zeros; see `BlockDevice.write_zeroes`."""
         self._commit.check_writable()
         end = offset + length
+        if self._is_raw:
+            await self._external.zero_in_place(offset, end, unmap=may_unmap)
+            await self._settle(fua=fua)
+            return
         first, last = self._whole_grains(offset, end)
         if may_unmap and first < last:
             await self._zero_data(offset, first)
@@ -79,7 +86,10 @@ class Discarder:
         """Give whole (sub)clusters back; the rest of the range stays as it is."""
         self._commit.check_writable()
         first, last = self._whole_grains(offset, offset + length)
-        if first < last:
+        if first < last and self._is_raw:
+            end = min(last, self._geometry.size)
+            await self._external.zero_in_place(first, end, unmap=True)
+        elif first < last:
             await self._unmap(first, last, trim=True)
         await self._settle(fua=fua)
 
@@ -203,8 +213,7 @@ class Discarder:
                 hold=False,
                 bitmaps=array("Q", [entry >> BITMAP_SHIFT]) * count,
             )
-            for host_offset, length in freed:
-                self._commit.free(host_offset, length)
+            self._give_back(freed, cluster, count)
         finally:
             table.users -= 1
             for each in clusters:
@@ -263,14 +272,23 @@ class Discarder:
                 hold=False,
                 bitmaps=array("Q", [wanted]),
             )
-            for host_offset, length in freed:
-                self._commit.free(host_offset, length)
+            self._give_back(freed, cluster, 0 if there else 1)
         finally:
             table.users -= 1
             self._allocator.busy.leave(cluster)
         if not survives:
             await self._commit.flush()
         return True
+
+    def _give_back(
+        self, freed: list[tuple[int, int]], cluster: int, count: int
+    ) -> None:
+        """Free what `count` clusters from `cluster` on had named."""
+        for host_offset, length in freed:
+            self._commit.free(host_offset, length)
+        if self._is_external and count:
+            bits = self._geometry.cluster_bits
+            self._commit.vacate(cluster << bits, count << bits)
 
     def _count(
         self, table: Table, index: int, cluster: int, most: int, *, trim: bool

@@ -144,15 +144,20 @@ class MappedImage(BlockDevice):
     ) -> list[Extent]:
         """See `BlockDevice.block_status`."""
         self.require_range(offset, length)
+        data = self._parts.data
+        holes = data if data.is_sparse(self._parts.geometry.cluster_size) else None
         return await block_status(
-            self._mapping, self._parts.backing, offset, length, max_extents
+            self._mapping, self._parts.backing, offset, length, max_extents, holes
         )
 
     def hosts(self, links: list[Link]) -> list[int]:
         """Return the host offset of each plain cluster that links bring in.
 
-        Where only subclusters are others, it is there already.
+        Where only subclusters are others, it is there already. A data file has no
+        clusters that somebody else could name.
         """
+        if self._parts.external:
+            return []
         named = [
             (self._host(link.entry_in_file), self._host(link.entry)) for link in links
         ]
@@ -244,6 +249,7 @@ class MappedImage(BlockDevice):
             await self.settle()
         finally:
             await self._parts.storage.close()
+            await self._parts.data.close()
             if self._parts.backing is not None:
                 await self._parts.backing.close()
 

@@ -8,6 +8,7 @@ from nbdserve.formats.mapped.entries import (
     BAD,
     COMPRESSED,
     NORMAL,
+    SPLIT,
     SPLIT_UNPLACED,
     UNALLOCATED,
     UNKNOWN,
@@ -47,6 +48,8 @@ class Mapping:
         self._geometry = geometry
         self._codec = parts.codec
         self._tables = parts.tables
+        self._external = parts.external
+        self._l2_bits = geometry.l2_bits
         self._table_bits = geometry.table_bits
         self._cluster_bits = geometry.cluster_bits
         self._cluster_size = geometry.cluster_size
@@ -57,7 +60,13 @@ class Mapping:
         kind = table.kinds[index]
         if kind == UNKNOWN:
             bitmap = table.bitmaps[index] if table.bitmaps is not None else 0
-            kind = self._codec.classify(table.words[index], bitmap)
+            word = table.words[index]
+            kind = self._codec.classify(word, bitmap)
+            if self._external and (kind >= SPLIT or kind == ZERO_ALLOCATED):
+                cluster = (table.number << self._l2_bits) + index
+                if word & self._codec.l2_offset_mask != cluster << self._cluster_bits:
+                    # docs/interop/qcow2.rst, bit 2 of the incompatible features
+                    kind = BAD
             table.kinds[index] = kind
         return kind
 

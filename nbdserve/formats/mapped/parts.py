@@ -27,6 +27,7 @@ class Parts:
         tables: Its tables in memory.
         pins: Input and output under way.
         backing: The disk below, if there is one.
+        raw: Whether `data`, a file of its own, has to be what the guest sees by itself.
         gate: Passed by everything that changes the mapping.
     """
 
@@ -37,7 +38,17 @@ class Parts:
     tables: Tables
     pins: Pins
     backing: BlockDevice | None
+    raw: bool = False
     gate: Gate = field(default_factory=Gate)
+
+    @property
+    def external(self) -> bool:
+        """Whether guest data have a file of their own.
+
+        Each cluster then has its place there, at its guest offset: nothing is reserved
+        or counted for it, and nobody else can have it.
+        """
+        return self.data is not self.storage
 
     @property
     def backing_size(self) -> int:

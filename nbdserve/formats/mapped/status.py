@@ -8,7 +8,8 @@ from nbdserve.formats.mapped.entries import (
     NORMAL,
     UNALLOCATED,
 )
-from nbdserve.formats.mapped.mapping import Mapping
+from nbdserve.formats.mapped.mapping import Mapping, Run
+from nbdserve.storage.base import Storage
 
 #: Extents collected before neighbours are joined.
 _BATCH = 1024
@@ -20,14 +21,21 @@ async def block_status(
     offset: int,
     length: int,
     max_extents: int,
+    holes: Storage | None = None,
 ) -> list[Extent]:
-    """Describe a range; see `BlockDevice.block_status`."""
+    """Describe a range; see `BlockDevice.block_status`.
+
+    `holes` is the file with the data, if mapped clusters may be holes there: then they
+    are known to be zeros, as those of an image whose metadata were preallocated.
+    """
     position, end = offset, offset + length
     result: list[Extent] = []
     while position < end and len(result) <= max_extents:
         batch: list[Extent] = []
         while position < end and len(batch) < _BATCH:
-            for extent in await _piece(mapping, backing, position, end, max_extents):
+            for extent in await _piece(
+                mapping, backing, position, end, max_extents, holes
+            ):
                 batch.append(extent)
                 position += extent.length
         result = merged(result + batch)
@@ -41,9 +49,12 @@ async def _piece(
     position: int,
     end: int,
     max_extents: int,
+    holes: Storage | None,
 ) -> list[Extent]:
     """Describe the first run of a range."""
     run = await mapping.run(position, end)
+    if run.kind >= NORMAL and holes is not None:
+        return await _mapped(holes, run, max_extents)
     if run.kind >= NORMAL:
         return [Extent(run.length, data=True, zero=False, offset=run.host_offset)]
     if run.kind == UNALLOCATED:
@@ -54,6 +65,23 @@ async def _piece(
         raise mapping.corrupt(position, run.word, "is not valid")
     # a cluster that is kept behind zeros has its place in the file
     return [Extent(run.length, data=False, zero=True, offset=run.host_offset or None)]
+
+
+async def _mapped(holes: Storage, run: Run, max_extents: int) -> list[Extent]:
+    """Tell the holes from the data of a mapped run."""
+    extents: list[Extent] = []
+    host_offset, end = run.host_offset, run.host_offset + run.length
+    inside = min(end, max(holes.size, host_offset)) - host_offset
+    for length, data in await holes.extents(
+        host_offset, inside, max_extents=max_extents
+    ):
+        extents.append(Extent(length, data=True, zero=not data, offset=host_offset))
+        host_offset += length
+    if host_offset < end and len(extents) < max_extents:
+        # past the end of the file
+        left = end - host_offset
+        extents.append(Extent(left, data=True, zero=True, offset=host_offset))
+    return extents
 
 
 async def _below(

@@ -14,6 +14,7 @@ from nbdserve.formats.qcow2.backing_name import plan_header_change
 from nbdserve.formats.qcow2.check import read_header
 from nbdserve.formats.qcow2.extensions import (
     EXTENSION_BITMAPS,
+    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     FEATURE_INCOMPATIBLE,
     FEATURE_NAMES,
@@ -21,6 +22,7 @@ from nbdserve.formats.qcow2.extensions import (
 )
 from nbdserve.formats.qcow2.header import (
     AUTOCLEAR_BITMAPS,
+    AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
     COMPATIBLE_OFFSET,
     CURRENT_LENGTH,
@@ -50,11 +52,20 @@ class Amendment:
         version: 2 or 3.
         refcount_bits: 1 to 64, a power of two.
         lazy_refcounts: Whether writers may put refcounts off.
+        data_file: Another name of the external data file.
+        data_file_raw: False if that need not be a raw image by itself any more.
     """
 
     version: int | None = None
     refcount_bits: int | None = None
     lazy_refcounts: bool | None = None
+    data_file: bytes | None = None
+    data_file_raw: bool | None = None
+
+    @property
+    def of_the_disk(self) -> bool:
+        """Whether anything but what is said of the data file is to change."""
+        return (self.version, self.refcount_bits, self.lazy_refcounts) != (None,) * 3
 
 
 def judge_amendment(
@@ -66,6 +77,15 @@ def judge_amendment(
         ConfigError: The choices contradict each other.
         ImageError: The image uses what version 2 does not have.
     """
+    if not header.external_data and (wanted.data_file or wanted.data_file_raw):
+        raise ConfigError(
+            f"{name}: keeps its data in the image itself; nbdserve image convert makes"
+            " another image with a data file"
+        )
+    if wanted.data_file_raw and not header.raw_data:
+        raise ConfigError(
+            f"{name}: only new images can have a raw data file: use nbdserve image convert"
+        )
     version = wanted.version or header.version
     bits = wanted.refcount_bits or header.refcount_bits
     if version > 2:
@@ -131,6 +151,7 @@ def amend_image(fd: int, name: str, wanted: Amendment) -> None:
         write_new_refcounts(fd, name, replace(header, refcount_order=order), walk.used)
         header = read_header(fd)
     _set_lazy(fd, header, wanted.lazy_refcounts)
+    _set_data_file(fd, wanted)
     if header.version == 3 and wanted.version == 2:
         _require_no_zero_clusters(walk)
         _replace_header(fd, header, _as_version_2(header))
@@ -183,6 +204,20 @@ def _set_lazy(fd: int, header: Header, lazy: bool | None) -> None:
     features = header.compatible_features ^ COMPATIBLE_LAZY_REFCOUNTS
     write_all(fd, encode_u64(features), COMPATIBLE_OFFSET)
     os.fsync(fd)
+
+
+def _set_data_file(fd: int, wanted: Amendment) -> None:
+    """Change what the header says of the data file."""
+    old = new = read_header(fd)
+    if wanted.data_file is not None:
+        others = [each for each in new.extensions if each[0] != EXTENSION_DATA_FILE]
+        named = (EXTENSION_DATA_FILE, wanted.data_file)
+        new = replace(new, extensions=(named, *others))
+    if wanted.data_file_raw is False:
+        features = new.autoclear_features & ~AUTOCLEAR_DATA_FILE_RAW
+        new = replace(new, autoclear_features=features)
+    if new != old:
+        _replace_header(fd, old, new)
 
 
 def _require_no_zero_clusters(walk: Walk) -> None:

@@ -52,6 +52,11 @@ def plan_backing_change(
             f"the backing file name has {len(name or b'')} bytes: at most"
             f" {MAX_BACKING_NAME}"
         )
+    if name and old.raw_data:
+        raise ImageFormatError(
+            "its external data file is all of the disk (raw), so it can't have a backing"
+            " file"
+        )
     new = replace(
         old,
         backing_name=name,

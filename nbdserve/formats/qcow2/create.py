@@ -9,19 +9,25 @@ a thread.
 import errno
 import os
 from array import array
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nbdserve.errors import ConfigError, ImageFormatError
 from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.mapped.tables import encode_entries, encode_words
+from nbdserve.formats.preallocation import MODES, take_space
 from nbdserve.formats.qcow2.extensions import (
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
+    Extensions,
     encode_feature_names,
 )
 from nbdserve.formats.qcow2.header import (
+    AUTOCLEAR_DATA_FILE_RAW,
+    COMPATIBLE_LAZY_REFCOUNTS,
     CURRENT_LENGTH,
+    INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
     MAX_BACKING_NAME,
     MAX_CLUSTER_BITS,
@@ -53,9 +59,13 @@ class Options:
         refcount_bits: A power of two from 1 to 64; 16 for version 2.
         backing_name: As it shall be stored.
         backing_format: Its format.
-        preallocate: Whether every cluster of the disk gets its place, with
-            storage reserved by fallocate.
+        preallocation: Whether every cluster of the disk gets its place, and how much
+            of the space is taken; see `preallocation.MODES`.
         extended_l2: Whether clusters, of 16 KiB at least, have subclusters.
+        data_name: Name of an external data file, as it shall be stored.
+        data_raw: Whether that is to be a raw image by itself; then every
+            cluster gets its place as well.
+        lazy_refcounts: Whether writers may put refcounts off.
     """
 
     cluster_size: int = DEFAULT_CLUSTER_SIZE
@@ -63,8 +73,11 @@ class Options:
     refcount_bits: int = 16
     backing_name: bytes | None = None
     backing_format: str | None = None
-    preallocate: bool = False
+    preallocation: str = "off"
     extended_l2: bool = False
+    data_name: bytes | None = None
+    data_raw: bool = False
+    lazy_refcounts: bool = False
 
     def __post_init__(self) -> None:
         """Judge every choice.
@@ -84,19 +97,18 @@ class Options:
             raise ConfigError(
                 f"refcount bits {self.refcount_bits}: must be 1, 2, 4, 8, 16, 32 or 64"
             )
-        if self.version == 2 and self.refcount_bits != 16:
-            raise ConfigError(
-                f"refcount bits {self.refcount_bits}: version 2 has 16, others need"
-                " compat 3"
-            )
-        if self.extended_l2 and self.version < 3:
-            raise ConfigError("extended L2 entries need compat 3")
+        self._judge_version()
         if self.extended_l2 and self.cluster_size < 1 << MIN_EXTENDED_L2_CLUSTER_BITS:
             raise ConfigError(
                 f"cluster size {self.cluster_size}: with extended L2 entries at least"
                 f" {1 << MIN_EXTENDED_L2_CLUSTER_BITS} (16K)"
             )
-        if self.backing_name is not None and self.preallocate:
+        self._judge_preallocation()
+        if self.backing_name is not None and self.data_raw:
+            raise ConfigError(
+                "a raw data file is all of the disk, so there can't be a backing file"
+            )
+        if self.backing_name is not None and self.maps_all:
             raise ConfigError(
                 "preallocation hides the backing file: choose one of the two"
             )
@@ -105,6 +117,56 @@ class Options:
                 f"the backing file name has {len(self.backing_name or b'')} bytes: at"
                 f" most {MAX_BACKING_NAME}"
             )
+
+    def _judge_preallocation(self) -> None:
+        if self.preallocation not in MODES:
+            raise ConfigError(
+                f"preallocation {self.preallocation!r}: must be one of"
+                f" {', '.join(MODES)}"
+            )
+        if self.data_raw and self.data_name is None:
+            raise ConfigError("a raw data file needs a data file")
+
+    def _judge_version(self) -> None:
+        if self.version == 2 and self.refcount_bits != 16:
+            raise ConfigError(
+                f"refcount bits {self.refcount_bits}: version 2 has 16, others need"
+                " compat 3"
+            )
+        for wanted, what in (
+            (self.extended_l2, "extended L2 entries need"),
+            (self.lazy_refcounts, "lazy refcounts need"),
+            (self.data_name is not None, "an external data file needs"),
+        ):
+            if wanted and self.version < 3:
+                raise ConfigError(f"{what} compat 3")
+
+    @property
+    def maps_all(self) -> bool:
+        """Whether every cluster of the disk has its place from the beginning."""
+        return self.preallocation != "off" or self.data_raw
+
+    def features(self) -> tuple[int, int, int]:
+        """Return the incompatible, compatible and autoclear features."""
+        incompatible = INCOMPATIBLE_EXTENDED_L2 if self.extended_l2 else 0
+        if self.data_name is not None:
+            incompatible |= INCOMPATIBLE_DATA_FILE
+        return (
+            incompatible,
+            COMPATIBLE_LAZY_REFCOUNTS if self.lazy_refcounts else 0,
+            AUTOCLEAR_DATA_FILE_RAW if self.data_raw else 0,
+        )
+
+    def extensions(self) -> Extensions:
+        """Return the header extensions, in the order of qemu."""
+        found: list[tuple[int, bytes]] = []
+        if self.backing_format is not None:
+            found.append((EXTENSION_BACKING_FORMAT, self.backing_format.encode()))
+        if self.data_name is not None:
+            found.append((EXTENSION_DATA_FILE, self.data_name))
+        if self.version > 2 and self.cluster_size > _NO_FEATURE_NAMES_UP_TO:
+            found.append((EXTENSION_FEATURE_NAMES, encode_feature_names()))
+        return tuple(found)
 
     @property
     def l2_entries(self) -> int:
@@ -130,13 +192,17 @@ class Options:
 
 @dataclass(frozen=True, slots=True)
 class _Layout:
-    """Where things lie, in clusters, one after the other behind the header."""
+    """Where things lie, in clusters, one after the other behind the header.
+
+    `mapped` clusters have an entry; they are the `data`, or lie in the data file.
+    """
 
     refcount_table: int
     refcount_blocks: int
     l1: int
     l2: int
     data: int
+    mapped: int
 
     @property
     def metadata(self) -> int:
@@ -155,13 +221,14 @@ def _lay_out(size: int, options: Options) -> _Layout:
     cluster_size = options.cluster_size
     l1_entries = options.l1_entries(size)
     l1 = _ceil_div(l1_entries * 8, cluster_size)
-    l2 = l1_entries if options.preallocate else 0
-    data = _ceil_div(size, cluster_size) if options.preallocate else 0
+    l2 = l1_entries if options.maps_all else 0
+    mapped = _ceil_div(size, cluster_size) if options.maps_all else 0
+    data = mapped if options.data_name is None else 0
     block_entries = cluster_size * 8 // options.refcount_bits
     table = blocks = 1
     # Both cover themselves too: repeat until nothing grows.
     while True:
-        layout = _Layout(table, blocks, l1, l2, data)
+        layout = _Layout(table, blocks, l1, l2, data, mapped)
         blocks = _ceil_div(layout.total, block_entries)
         table = _ceil_div(blocks * 8, cluster_size)
         if (table, blocks) == (layout.refcount_table, layout.refcount_blocks):
@@ -174,13 +241,21 @@ def _lay_out(size: int, options: Options) -> _Layout:
     return layout
 
 
-def write_image(fd: int, size: int, options: Options) -> None:
+def write_image(
+    fd: int,
+    size: int,
+    options: Options,
+    progress: Callable[[int], None] = lambda _: None,
+) -> None:
     """Write a new image into an empty file; the caller syncs it.
+
+    An external data file is the caller's as well.
 
     Args:
         fd: Open for writing.
         size: Bytes of the disk, rounded up to 512 as qemu does.
         options: The rest.
+        progress: Told how many bytes of data are preallocated.
 
     Raises:
         ConfigError: The size does not fit the cluster size, or the backing
@@ -202,26 +277,23 @@ def write_image(fd: int, size: int, options: Options) -> None:
         fd, header.refcount_table_offset, blocks_offset, layout.refcount_blocks, header
     )
     _write_refcounts(fd, blocks_offset, layout.total, options)
-    if options.preallocate and size:
+    if layout.mapped:
         l2_offset = (layout.metadata - layout.l2) * cluster_size
-        data_offset = layout.metadata * cluster_size
+        data_offset = layout.metadata * cluster_size if layout.data else 0
         flag = _COPIED
         _write_words(
             fd, header.l1_table_offset, flag | l2_offset, header.l1_size, header
         )
         bitmap = subclusters.ALL if options.extended_l2 else None
-        _write_words(fd, l2_offset, flag | data_offset, layout.data, header, bitmap)
-        _reserve(fd, data_offset, layout.data * cluster_size)
+        _write_words(fd, l2_offset, flag | data_offset, layout.mapped, header, bitmap)
+        length = layout.data * cluster_size
+        take_space(fd, data_offset, length, options.preallocation, progress)
 
 
 def _header(size: int, options: Options, layout: _Layout) -> Header:
     cluster_size = options.cluster_size
     cluster_bits = cluster_size.bit_length() - 1
-    extensions: list[tuple[int, bytes]] = []
-    if options.backing_format is not None:
-        extensions.append((EXTENSION_BACKING_FORMAT, options.backing_format.encode()))
-    if options.version > 2 and cluster_size > _NO_FEATURE_NAMES_UP_TO:
-        extensions.append((EXTENSION_FEATURE_NAMES, encode_feature_names()))
+    incompatible, compatible, autoclear = options.features()
     l1_clusters_before = 1 + layout.refcount_table + layout.refcount_blocks
     return Header(
         version=options.version,
@@ -233,9 +305,11 @@ def _header(size: int, options: Options, layout: _Layout) -> Header:
         refcount_table_offset=cluster_size,
         refcount_table_clusters=layout.refcount_table,
         refcount_order=options.refcount_bits.bit_length() - 1,
-        incompatible_features=INCOMPATIBLE_EXTENDED_L2 if options.extended_l2 else 0,
         header_length=V2_LENGTH if options.version == 2 else CURRENT_LENGTH,
-        extensions=tuple(extensions),
+        incompatible_features=incompatible,
+        compatible_features=compatible,
+        autoclear_features=autoclear,
+        extensions=options.extensions(),
     )
 
 
@@ -282,10 +356,6 @@ def _write_refcounts(fd: int, at: int, clusters: int, options: Options) -> None:
     if rest:
         last = bytes([one[0] & (1 << rest * bits) - 1])
         _write_all(fd, last, at + units)
-
-
-def _reserve(fd: int, offset: int, length: int) -> None:
-    os.posix_fallocate(fd, offset, length)
 
 
 def _write_all(fd: int, data: bytes, offset: int) -> None:

@@ -36,8 +36,11 @@ class Qcow2Entries:
     l2_offset_mask = OFFSET_MASK
     compressed_flag = COMPRESSED_FLAG
 
-    def __init__(self, version: int, cluster_bits: int) -> None:
-        """`version` is 2 or 3."""
+    def __init__(
+        self, version: int, cluster_bits: int, *, external: bool = False
+    ) -> None:
+        """`version` is 2 or 3; `external` says that data have a file of their own."""
+        self._external = external
         self.zero_entry: int | None = ZERO_FLAG if version >= 3 else None
         self._in_cluster = (1 << cluster_bits) - 1
         # Where the offset of compressed data ends and its sector count begins.
@@ -56,13 +59,18 @@ class Qcow2Entries:
             if self.zero_entry is None:
                 return BAD
             return ZERO_ALLOCATED if host_offset else ZERO
-        # The first cluster is the header: COPIED with no offset is no cluster, as in qemu.
-        return NORMAL if host_offset else UNALLOCATED
+        return NORMAL if self._is_place(word) else UNALLOCATED
+
+    def _is_place(self, word: int) -> bool:
+        # The first cluster of an image is the header: COPIED with no offset is no cluster,
+        # as in qemu. In a data file it is the first one.
+        return bool(word & OFFSET_MASK or (self._external and word & COPIED))
 
     def _classify_compressed(self, word: int) -> int:
         # A compressed cluster is never COPIED and lies below 2^56.
         offset, _ = self.compressed_extent(word)
-        return BAD if word & COPIED or offset >> 56 or not offset else COMPRESSED
+        impossible = word & COPIED or offset >> 56 or not offset or self._external
+        return BAD if impossible else COMPRESSED
 
     def l1_is_valid(self, word: int) -> bool:
         """Return whether an L1 entry obeys the specification."""
@@ -88,9 +96,11 @@ class ExtendedEntries(Qcow2Entries):
     They have no zero flag: that bit is reserved, and the bitmap says what reads as zeros.
     """
 
-    def __init__(self, version: int, cluster_bits: int) -> None:
-        """`version` is 3."""
-        super().__init__(version, cluster_bits)
+    def __init__(
+        self, version: int, cluster_bits: int, *, external: bool = False
+    ) -> None:
+        """`version` is 3; `external` says that data have a file of their own."""
+        super().__init__(version, cluster_bits, external=external)
         self.zero_entry = subclusters.ALL_ZERO << BITMAP_SHIFT
 
     def classify(self, word: int, bitmap: int = 0) -> int:
@@ -102,7 +112,7 @@ class ExtendedEntries(Qcow2Entries):
         reserved = word & (_L2_RESERVED | ZERO_FLAG) or host_offset & self._in_cluster
         if reserved or not subclusters.is_valid(bitmap):
             return BAD
-        if not host_offset:
+        if not self._is_place(word):
             # neither a flag nor a subcluster makes sense without a place
             misplaced = word or subclusters.allocated(bitmap)
             return BAD if misplaced else _UNPLACED.get(bitmap, SPLIT_UNPLACED)

@@ -21,7 +21,6 @@ from nbdserve.formats.qcow2.extensions import (
     EXTENSION_FEATURE_NAMES,
     EXTENSION_LUKS,
     FEATURE_INCOMPATIBLE,
-    FEATURE_NAMES,
     encode_extensions,
     parse_extensions,
     parse_feature_names,
@@ -192,6 +191,11 @@ class Header:
     def external_data(self) -> bool:
         """Whether guest data lies in a file of its own."""
         return bool(self.incompatible_features & INCOMPATIBLE_DATA_FILE)
+
+    @property
+    def raw_data(self) -> bool:
+        """Whether the external data file is a raw image of the disk by itself."""
+        return bool(self.autoclear_features & AUTOCLEAR_DATA_FILE_RAW)
 
     @property
     def lazy_refcounts(self) -> bool:
@@ -538,10 +542,7 @@ def require_supported(header: Header) -> None:
     Raises:
         ImageFormatError: Names the features.
     """
-    missing = [
-        FEATURE_NAMES[FEATURE_INCOMPATIBLE, bit]
-        for bit in _bits(header.incompatible_features & INCOMPATIBLE_DATA_FILE)
-    ]
+    missing = []
     if header.crypt_method != CRYPT_NONE:
         missing.append(
             "AES encryption" if header.crypt_method == CRYPT_AES else "LUKS encryption"

@@ -12,8 +12,10 @@ from nbdserve.formats.mapped.inflate import Decompress
 from nbdserve.formats.mapped.move import Mover
 from nbdserve.formats.mapped.opening import load_l1
 from nbdserve.formats.mapped.parts import Parts, Space
+from nbdserve.formats.mapped.preallocate import Preallocator
 from nbdserve.formats.mapped.redo import Link
 from nbdserve.formats.mapped.tables import Tables
+from nbdserve.formats.preallocation import write_zeros
 from nbdserve.formats.qcow2.bitmap_changes import BitmapChanges
 from nbdserve.formats.qcow2.bitmaps import BitmapInfo, Bitmaps
 from nbdserve.formats.qcow2.compaction import Compacted, Compaction, Progress
@@ -186,6 +188,11 @@ class Qcow2Image(MappedImage):
 
     async def create_snapshot(self, name: str) -> None:
         """Keep the disk as it is now under a name; see `Snapshots.create`."""
+        if self._parts.external:
+            raise ImageError(
+                f"{self._parts.storage.name}: has its data in another file, which an"
+                " internal snapshot can't keep"
+            )
         async with self.structure() as structure:
             await Snapshots(structure).create(name)
 
@@ -269,7 +276,14 @@ class Qcow2Image(MappedImage):
             await structure.drop_beyond(size, self._allocator.table_for_change)
             await self._store_resized(structure)
         await self._discarder.zero_piece(size, self._parts.geometry.align_up(size))
+        await self._resize_data(size)
         await self.flush()
+
+    async def _resize_data(self, size: int) -> None:
+        """Let an external data file be as long as the disk, if there is one that can."""
+        data = self._parts.data
+        if self._parts.external and not data.fixed_size and data.size != size:
+            await data.truncate(size)
 
     async def _grow(self, old: int, size: int) -> None:
         geometry, backing_size = self._parts.geometry, self._parts.backing_size
@@ -281,6 +295,9 @@ class Qcow2Image(MappedImage):
                 await structure.grow_l1(needed)
         start = geometry.align_up(old)
         await self._discarder.zero_piece(old, start)
+        # what lay behind the disk is gone, and what comes is zeros
+        await self._resize_data(min(old, self._parts.data.size))
+        await self._resize_data(size)
         shown = min(size, backing_size)
         zero_entry = self._parts.codec.zero_entry
         if zero_entry is None:
@@ -293,6 +310,9 @@ class Qcow2Image(MappedImage):
                 await structure.commit.barrier()
             await self._set_size(structure, size)
             await self._store_resized(structure)
+        if self._parts.raw:
+            # a raw data file is mapped as a whole
+            await self.preallocate(old, size, "metadata", lambda _: None)
 
     async def _set_size(self, structure: Structure, size: int) -> None:
         """Let the header and all in memory say another size.
@@ -341,6 +361,10 @@ class Qcow2Image(MappedImage):
         space, name = self._require_space(), self._parts.storage.name
         if self._compaction is not None:
             raise ConfigError(f"{name}: is being compacted already")
+        if self._parts.external:
+            raise ConfigError(
+                f"{name}: has its data in another file, where each cluster has its place"
+            )
         if self._parts.storage.fixed_size:
             raise ConfigError(f"{name}: a block device does not get smaller")
         if self._structure is None:
@@ -376,6 +400,32 @@ class Qcow2Image(MappedImage):
         """See `BlockDevice.close`."""
         await self._end_compaction()
         await super().close()
+
+    async def preallocate(
+        self, offset: int, end: int, mode: str, progress: Callable[[int], None]
+    ) -> None:
+        """See `BlockDevice.preallocate`."""
+        space, parts = self._require_space(), self._parts
+        self.require_range(offset, end - offset)
+        if mode == "off":
+            return
+        if parts.backing is not None:
+            raise ConfigError(
+                f"{parts.storage.name}: preallocation hides the backing file"
+            )
+        if mode == "full":
+            await write_zeros(self, offset, end, progress)
+        else:
+            preallocator = Preallocator(parts, self._mapping, self._allocator, space)
+            done = 0
+            async for host_offset, length in preallocator.map_range(offset, end):
+                if mode == "falloc" and not parts.external:
+                    await parts.data.allocate(host_offset, length)
+                done = min(done + length, end - offset)
+                progress(done)
+            if mode == "falloc" and parts.external and end > offset:
+                await parts.data.allocate(offset, end - offset)
+        await self.flush()
 
     @asynccontextmanager
     async def structure(self) -> AsyncIterator[Structure]:

@@ -2,11 +2,11 @@
 
 import asyncio
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from nbdserve.block.device import BlockDevice
-from nbdserve.errors import ImageCorruptError, ImageError
+from nbdserve.errors import DataFileError, ImageCorruptError, ImageError
 from nbdserve.formats.chain import BackingReference
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.geometry import Geometry
@@ -27,8 +27,10 @@ from nbdserve.formats.qcow2.bitmaps import Bitmaps
 from nbdserve.formats.qcow2.check import check_image, unnamed_clusters
 from nbdserve.formats.qcow2.compacting_pool import CompactingPool
 from nbdserve.formats.qcow2.entries import OFFSET_MASK, ExtendedEntries, Qcow2Entries
+from nbdserve.formats.qcow2.extensions import EXTENSION_DATA_FILE
 from nbdserve.formats.qcow2.header import (
     AUTOCLEAR_BITMAPS,
+    AUTOCLEAR_DATA_FILE_RAW,
     AUTOCLEAR_OFFSET,
     COMPRESSION_ZSTD,
     FIXED_LENGTH,
@@ -71,9 +73,16 @@ async def read_header(storage: Storage) -> Header:
 
 @dataclass(frozen=True, slots=True)
 class Qcow2Driver:
-    """Opens qcow2 images (see `chain.Driver`)."""
+    """Opens qcow2 images (see `chain.Driver`, and `data_file.SplitDriver`).
+
+    Attributes:
+        options: For the engine.
+        data: The external data file of the image to open, if it has one; the disk
+            owns it as well.
+    """
 
     options: EngineOptions = DEFAULT_OPTIONS
+    data: Storage | None = None
 
     async def backing(self, storage: Storage) -> BackingReference | None:
         """Return what the header says of a backing file."""
@@ -81,6 +90,22 @@ class Qcow2Driver:
         if header.backing_name is None:
             return None
         return BackingReference(header.backing_name, header.backing_format)
+
+    async def data_file(self, storage: Storage) -> bytes | None:
+        """Return what the header says of an external data file."""
+        header = await read_header(storage)
+        if not header.external_data:
+            return None
+        name = header.extension(EXTENSION_DATA_FILE)
+        if not name:
+            raise DataFileError(
+                "has its data in another file, and does not record the name of that"
+            )
+        return name
+
+    def with_data(self, data: Storage) -> "Qcow2Driver":
+        """Return a driver that opens an image whose data lie in `data`."""
+        return replace(self, data=data)
 
     async def open(
         self,
@@ -122,6 +147,7 @@ class Qcow2Driver:
     ) -> Qcow2Image:
         header = await read_header(storage)
         require_supported(header)
+        data = self._data(storage, header, read_only=read_only)
         if not read_only:
             require_writable(header)
             if header.dirty:
@@ -146,20 +172,42 @@ class Qcow2Driver:
                 interval_s=self.options.commit_interval_s,
                 writethrough=writethrough,
                 table_bytes=self.options.table_cache,
+                data=self.data if header.external_data else None,
             )
             # What a killed server left in the page cache is read from now on, so it has
             # to be as durable as the rest before anything is built on it, or flushed.
             await commit.barrier()
             space, bitmaps = await _open_space(storage, header, geometry, l1, commit)
         spelling = ExtendedEntries if header.extended_l2 else Qcow2Entries
-        codec = spelling(header.version, header.cluster_bits)
+        codec = spelling(
+            header.version, header.cluster_bits, external=header.external_data
+        )
         limit = self.options.table_cache
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
-        parts = Parts(storage, storage, geometry, codec, tables, pins, backing)
+        parts = Parts(
+            storage, data, geometry, codec, tables, pins, backing, header.raw_data
+        )
         decompress = unzstd if header.compression_type == COMPRESSION_ZSTD else inflate
         return Qcow2Image(
             parts, decompress, space, header, table_cache=limit, bitmaps=bitmaps
         )
+
+    def _data(self, storage: Storage, header: Header, *, read_only: bool) -> Storage:
+        """Return the file that guest data lie in."""
+        if not header.external_data:
+            return storage
+        if self.data is None:
+            raise DataFileError("its data lie in another file, which is not open")
+        if header.nb_snapshots and not read_only:
+            raise ImageCorruptError(
+                "has an external data file and internal snapshots: there can't be both"
+            )
+        if header.raw_data and header.backing_name is not None:
+            raise ImageCorruptError(
+                "says that its data file is all of the disk (bit 1 of"
+                " autoclear_features), and has a backing file too"
+            )
+        return self.data
 
     async def _repair(self, storage: Storage) -> Header:
         """Bring refcounts in order that another writer had put off (the dirty bit)."""
@@ -276,6 +324,8 @@ class _Guard:
         self._commit = commit
         self._bitmaps = bitmaps
         kept = AUTOCLEAR_BITMAPS if bitmaps.kept else 0
+        if header.external_data:
+            kept |= AUTOCLEAR_DATA_FILE_RAW
         self._autoclear = header.autoclear_features & kept
         self._prepared = self._autoclear == header.autoclear_features
         commit.on_damage(self._mark_corrupt)
@@ -300,6 +350,9 @@ class _Guard:
 
     async def owned(self, host_offset: int, is_table: bool) -> bool:
         """Return whether one entry alone uses a cluster, if it can be one to write to."""
+        if self._header.external_data and not is_table:
+            # each cluster has its own place in the data file
+            return True
         bits = self._header.cluster_bits
         cluster = host_offset >> bits
         if host_offset & (1 << bits) - 1 or not host_offset:

@@ -243,26 +243,33 @@ class _Entries:
             if not word and not bitmap:
                 continue
             at = host_offset + index * header.l2_entry_size
-            problem, better = self._judge(word)
+            start = guest + index * header.cluster_size
+            problem, better = self._judge(word, start)
             fixed = self._nothing() if problem else (better,)
             if bitmap and not problem:
                 problem, better_bitmap = self._judge_bitmap(better, bitmap)
                 fixed = better, better_bitmap
             if problem:
-                start = guest + index * header.cluster_size
                 span = f"bytes {start} to {start + header.cluster_size - 1}{whose}"
                 yield _Fix(at, fixed, f"{span}: {problem}")
             elif fixed not in ((word,), (word, bitmap)):
                 yield _Fix(at, fixed, None)
 
-    @staticmethod
-    def _judge_bitmap(word: int, bitmap: int) -> tuple[str, int]:
+    def _is_place(self, word: int) -> bool:
+        """Return whether an entry names a host cluster; the first one of a data file has no offset."""
+        if word & OFFSET_MASK:
+            return True
+        return bool(
+            self.walk.header.external_data and word & COPIED and not word & ZERO
+        )
+
+    def _judge_bitmap(self, word: int, bitmap: int) -> tuple[str, int]:
         """Return what is wrong with a bitmap beyond repair, and its better value."""
         if word & COMPRESSED:
             # it belongs to no subcluster, and all data are there
             return "", 0
         there = subclusters.allocated(bitmap)
-        if there and not word & OFFSET_MASK:
+        if there and not self._is_place(word):
             lost = subclusters.zero(bitmap) | there
             return "some of its subclusters have no place", lost << subclusters.COUNT
         # What is zero and allocated at once: its bytes are there, so they are kept.
@@ -274,8 +281,11 @@ class _Entries:
             return 0, subclusters.ALL_ZERO
         return (ZERO if self.walk.header.version > 2 else 0,)
 
-    def _judge(self, word: int) -> tuple[str, int]:
-        """Return what is wrong with an L2 entry beyond repair, and its better value."""
+    def _judge(self, word: int, guest: int) -> tuple[str, int]:
+        """Return what is wrong with an L2 entry beyond repair, and its better value.
+
+        `guest` is its guest offset, which an external data file has as the place.
+        """
         if word & COMPRESSED:
             return self._judge_compressed(word)
         header = self.walk.header
@@ -287,6 +297,8 @@ class _Entries:
             problem = f"its place {data:#x} is not aligned to a cluster"
         elif not header.external_data and self._is_past(data):
             problem = f"its place {data:#x} lies past the end of the file"
+        elif self._is_place(word) and header.external_data and data != guest:
+            problem = f"its place {data:#x} in the data file is another cluster's"
         if not problem:
             reserved = L2_RESERVED_MASK | (ZERO if header.extended_l2 else 0)
             return "", word & ~reserved

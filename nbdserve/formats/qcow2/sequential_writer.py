@@ -23,17 +23,11 @@ from nbdserve.formats.mapped.tables import encode_entries, encode_words
 from nbdserve.formats.qcow2.cluster_counts import ClusterCounts, encode_block
 from nbdserve.formats.qcow2.create import Options
 from nbdserve.formats.qcow2.entries import COMPRESSED_FLAG, COPIED, ZERO_FLAG
-from nbdserve.formats.qcow2.extensions import (
-    EXTENSION_BACKING_FORMAT,
-    EXTENSION_FEATURE_NAMES,
-    encode_feature_names,
-)
 from nbdserve.formats.qcow2.header import (
     COMPRESSION_DEFLATE,
     COMPRESSION_ZSTD,
     CURRENT_LENGTH,
     INCOMPATIBLE_COMPRESSION_TYPE,
-    INCOMPATIBLE_EXTENDED_L2,
     MAX_REFCOUNT_TABLE_BYTES,
     V2_LENGTH,
     Header,
@@ -95,7 +89,7 @@ class SequentialWriter:
         Args:
             storage: Empty; the caller closes it.
             size: Bytes of the disk, rounded up to 512 as qemu does.
-            options: Its layout; preallocation is not for this writer.
+            options: Its layout; preallocation and data files are not for this writer.
             compression: See above. Clusters may be stored plainly all the same.
 
         Raises:
@@ -293,17 +287,10 @@ class SequentialWriter:
 
     def _header(self, table_offset: int, table_clusters: int) -> Header:
         options = self._options
-        extensions: list[tuple[int, bytes]] = []
-        if options.backing_format is not None:
-            extensions.append(
-                (EXTENSION_BACKING_FORMAT, options.backing_format.encode())
-            )
-        if options.version > 2 and self.cluster_size > _NO_FEATURE_NAMES_UP_TO:
-            extensions.append((EXTENSION_FEATURE_NAMES, encode_feature_names()))
+        incompatible, compatible, _ = options.features()
         zstd_used = self.compression == "zstd"
-        incompatible = INCOMPATIBLE_COMPRESSION_TYPE if zstd_used else 0
-        if options.extended_l2:
-            incompatible |= INCOMPATIBLE_EXTENDED_L2
+        if zstd_used:
+            incompatible |= INCOMPATIBLE_COMPRESSION_TYPE
         return Header(
             version=options.version,
             backing_name=options.backing_name,
@@ -315,9 +302,10 @@ class SequentialWriter:
             refcount_table_clusters=table_clusters,
             refcount_order=options.refcount_bits.bit_length() - 1,
             incompatible_features=incompatible,
+            compatible_features=compatible,
             compression_type=COMPRESSION_ZSTD if zstd_used else COMPRESSION_DEFLATE,
             header_length=V2_LENGTH if options.version == 2 else CURRENT_LENGTH,
-            extensions=tuple(extensions),
+            extensions=options.extensions(),
         )
 
     async def _write(self, offset: int, data: Buffer) -> None:

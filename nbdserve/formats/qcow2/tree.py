@@ -140,7 +140,7 @@ class Tree:
                 for word in range(first, last + 1, size):
                     host_offset, extent = codec.compressed_extent(word)
                     self._count(counts, host_offset, extent)
-            elif first & OFFSET_MASK:
+            elif first & OFFSET_MASK and not self._parts.external:
                 self._count(counts, first & OFFSET_MASK, length << bits)
 
     def _count(self, counts: ClusterCounts, host_offset: int, length: int) -> None:

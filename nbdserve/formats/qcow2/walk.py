@@ -113,8 +113,15 @@ def runs(words: "array[int]", step: int) -> Iterator[tuple[int, int, int]]:
 
 @dataclass(slots=True)
 class TableUse:
-    """How many pointers lead to an L2 table, and how many from the active L1."""
+    """Which pointers lead to an L2 table.
 
+    Attributes:
+        total: How many.
+        active: How many of them from the active L1 table.
+        number: The L1 index of the first one.
+    """
+
+    number: int
     total: int = 0
     active: int = 0
 
@@ -254,7 +261,7 @@ class Walk:
                         f" table {table:#x} is not aligned to a cluster",
                         times,
                     )
-                use = self.tables.setdefault(table, TableUse())
+                use = self.tables.setdefault(table, TableUse(index))
                 use.total += times
                 use.active += times if active else 0
 
@@ -278,7 +285,8 @@ class Walk:
                         fragmented += 1
                         allocated += 1
                     continue
-                if not self._plain(at, word, count, use.total):
+                guest = (use.number * self.header.l2_entries + index) * step
+                if not self._plain(at, word, count, use.total, guest):
                     continue
                 data = word & OFFSET_MASK
                 allocated += count
@@ -319,7 +327,7 @@ class Walk:
         self.use(data, length, "compressed cluster", times)
         return True
 
-    def _plain(self, at: int, word: int, count: int, times: int) -> bool:
+    def _plain(self, at: int, word: int, count: int, times: int, guest: int) -> bool:
         """Count a run of plain clusters; return whether it is a run of clusters."""
         header = self.header
         # qemu-img check is silent about the zero flag in version 2; reading it is EIO.
@@ -340,6 +348,12 @@ class Walk:
                 times * count,
             )
         if header.external_data:
+            if data != guest:
+                self.result.corruption(
+                    f"L2 entry at {at:#x}: {data:#x} is another cluster's place in the"
+                    f" data file, not that of guest offset {guest:#x}",
+                    times * count,
+                )
             return True
         length = count * header.cluster_size
         if count == 1 or data + length - self.file.size < header.cluster_size:
@@ -365,7 +379,8 @@ class Walk:
             # the rest can't be wrong, or has been looked at
             if not subclusters.allocated(bitmap) or words[index] & COMPRESSED:
                 continue
-            if not words[index] & OFFSET_MASK:
+            first = self.header.external_data and words[index] & COPIED
+            if not words[index] & OFFSET_MASK and not first:
                 problem = "subclusters are allocated, and the cluster is not"
             elif not subclusters.is_valid(bitmap):
                 problem = "a subcluster is allocated and zero at once"
