@@ -15,6 +15,7 @@ import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TYPE_CHECKING
 
 import structlog
 import uvloop
@@ -26,9 +27,10 @@ from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
 from nbdserve.exports.opening import open_export
 from nbdserve.exports.registry import Registry
-from nbdserve.formats.create import create_image
-from nbdserve.server.channel import Begin
-from nbdserve.server.kernel import KernelDevice
+from nbdserve.formats.open import open_image
+from nbdserve.formats.persistent_bitmaps import find_bitmap
+from nbdserve.formats.qcow2.image import Qcow2Image
+from nbdserve.formats.scratch import open_scratch
 from nbdserve.server.limits import Limits, changed
 from nbdserve.server.listeners import (
     Endpoint,
@@ -41,8 +43,11 @@ from nbdserve.server.listeners import (
 from nbdserve.server.notify import notify_ready, notify_reloading
 from nbdserve.server.server import Server
 from nbdserve.server.tls import TlsCredentials
-from nbdserve.server.workers import Crew, Front
 from nbdserve.storage.names import shown
+
+if TYPE_CHECKING:  # what few servers need is imported by those
+    from nbdserve.server.kernel import KernelDevice
+    from nbdserve.server.workers import Crew
 
 #: Makes the export of an image for a folder of redo records.
 Offer = Callable[[ImageConfig, Policy, str | None], Awaitable[Export]]
@@ -153,7 +158,7 @@ async def _serve(  # noqa: PLR0913
             return
         if not made:
             _note_another_size(config, registry)
-        server = (Server if crew is None else Front)(
+        server = (Server if crew is None else crew.server)(
             registry,
             listeners,
             parts.limits,
@@ -168,7 +173,7 @@ async def _serve(  # noqa: PLR0913
         reload = Reload(config, parts.reread, server, parts.credentials, offer)
         reload.on_hangup()
         server.start()
-        device = None if config.device is None else KernelDevice(server, config.device)
+        device = None if config.device is None else _device(server, config.device)
         try:
             if device is not None:
                 await device.attach(config.images[0].name)
@@ -189,6 +194,12 @@ async def _serve(  # noqa: PLR0913
             if device is not None:
                 await device.detach()  # with everything in flight answered
         await reload.ended()
+
+
+def _device(server: Server, number: int) -> "KernelDevice":
+    from nbdserve.server.kernel import KernelDevice  # noqa: PLC0415
+
+    return KernelDevice(server, number)
 
 
 def _served(
@@ -265,6 +276,8 @@ def _create(config: ServeConfig) -> bool:
     path = config.images[0].path
     if config.create_size is None or os.path.lexists(path):
         return False
+    from nbdserve.formats.create import create_image  # noqa: PLC0415
+
     create_image(path, config.create_size, format=config.images[0].format or "qcow2")
     return True
 
@@ -285,7 +298,7 @@ def _note_another_size(config: ServeConfig, registry: Registry) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _workers(config: ServeConfig, parts: _Parts) -> AsyncIterator[Crew | None]:
+async def _workers(config: ServeConfig, parts: _Parts) -> AsyncIterator["Crew | None"]:
     """Have the processes that serve, if it is not this one.
 
     Raises:
@@ -294,6 +307,9 @@ async def _workers(config: ServeConfig, parts: _Parts) -> AsyncIterator[Crew | N
     if config.workers == 1:
         yield None
         return
+    from nbdserve.server.channel import Begin  # noqa: PLC0415
+    from nbdserve.server.workers import Crew  # noqa: PLC0415
+
     state_dir = _state_dir(config, os.environ)
     begin = Begin(parts.limits, state_dir, config.log_format, config.log_level)
     crew = Crew(config.workers, begin)
@@ -308,7 +324,7 @@ async def _workers(config: ServeConfig, parts: _Parts) -> AsyncIterator[Crew | N
 
 
 async def _offer(
-    crew: Crew | None,
+    crew: "Crew | None",
     image: ImageConfig,
     policy: Policy,
     state_dir: str | None,

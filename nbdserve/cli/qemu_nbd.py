@@ -325,8 +325,11 @@ def _cache(arguments: argparse.Namespace) -> "CacheMode":
 def _serve(
     arguments: argparse.Namespace, config: "ServeConfig", ready: int | None = None
 ) -> None:
-    from nbdserve import app
-    from nbdserve.observe.logs import configure
+    from nbdserve.observe.lean import lean_imports
+
+    with lean_imports():
+        from nbdserve import app
+        from nbdserve.observe.logs import configure
 
     def announce(_serving: "Serving") -> None:
         if arguments.pid_file is not None:

@@ -239,9 +239,12 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Serve until a signal says stop."""
-    from nbdserve import app
-    from nbdserve.cli.announce import announce
-    from nbdserve.observe.logs import configure
+    from nbdserve.observe.lean import lean_imports
+
+    with lean_imports():
+        from nbdserve import app
+        from nbdserve.cli.announce import announce
+        from nbdserve.observe.logs import configure
 
     config = _configuration(arguments)
     configure(arguments.log_format, arguments.log_level)

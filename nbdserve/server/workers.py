@@ -204,10 +204,16 @@ class Worker:
 
 
 class Crew:
-    """All workers."""
+    """All workers.
+
+    Attributes:
+        workers: By number.
+        server: What accepts clients for them.
+    """
 
     def __init__(self, size: int, begin: Begin) -> None:
         """Start nothing yet."""
+        self.server = Front
         self.workers = [Worker(number, begin) for number in range(size)]
         self._next = 0
 

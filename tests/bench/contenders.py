@@ -39,15 +39,20 @@ def _qemu(aio: str) -> Callable[[Path, Path], Server]:
 STATE_DIR = Path("/dev/shm/nbdserve-bench")
 
 
+def state_options() -> list[str]:
+    """Options of nbdserve for its folder there."""
+    STATE_DIR.mkdir(mode=0o700, exist_ok=True)
+    return ["--state-dir", str(STATE_DIR)]
+
+
 def _nbdserve(image_format: str) -> Callable[[Path, Path], Server]:
     def start(image: Path, directory: Path) -> Server:
-        STATE_DIR.mkdir(mode=0o700, exist_ok=True)
         return nbdserve(
             image,
             directory,
             image_format=image_format,
             transports=["unix"],
-            options=["--state-dir", str(STATE_DIR)],
+            options=state_options(),
         )
 
     return start

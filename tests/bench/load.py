@@ -44,18 +44,37 @@ def measure(cell: Cell, server: Server, *, runtime_s: float, cpu: str | None) ->
         cpu: The processors for fio, in taskset's words; None for any.
     """
     before = cpu_seconds(server.pid)
-    (job,) = json.loads(_fio(cell, server, runtime_s, cpu))["jobs"]
+    # Not from stdout: the nbd engine greets there.
+    report = server.directory / "fio.json"
+    run(*fio_command(cell, server.uri("unix"), report, runtime_s=runtime_s, cpu=cpu))
     spent = cpu_seconds(server.pid) - before
+    rate, bytes_per_s, p99_us, requests = sample_of(report)
+    return Sample(
+        requests_per_s=rate,
+        bytes_per_s=bytes_per_s,
+        p99_us=p99_us,
+        cpu_us_per_request=spent * 1e6 / requests,
+        peak_rss_kib=rss_kib(server.pid),
+    )
+
+
+def sample_of(report: Path) -> tuple[float, float, float, int]:
+    """Read fio's report: requests and bytes a second, p99 in us, requests."""
+    (job,) = json.loads(report.read_text())["jobs"]
     sides = [job[side] for side in ("read", "write") if job[side]["total_ios"]]
     requests = sum(side["total_ios"] for side in sides)
     seconds = max(side["runtime"] for side in sides) / 1000
-    return Sample(
-        requests_per_s=requests / seconds,
-        bytes_per_s=sum(side["io_bytes"] for side in sides) / seconds,
-        p99_us=max(side["clat_ns"]["percentile"]["99.000000"] for side in sides) / 1e3,
-        cpu_us_per_request=spent * 1e6 / requests,
-        peak_rss_kib=sum(_peak_rss_kib(pid) for pid in _processes(server.pid)),
+    return (
+        requests / seconds,
+        sum(side["io_bytes"] for side in sides) / seconds,
+        max(side["clat_ns"]["percentile"]["99.000000"] for side in sides) / 1e3,
+        requests,
     )
+
+
+def rss_kib(pid: int) -> int:
+    """The largest resident set of a process and its children so far, together."""
+    return sum(_peak_rss_kib(process) for process in _processes(pid))
 
 
 def cpu_seconds(pid: int) -> float:
@@ -68,20 +87,20 @@ def cpu_seconds(pid: int) -> float:
     return total / _TICKS_PER_S
 
 
-def _fio(cell: Cell, server: Server, runtime_s: float, cpu: str | None) -> str:
+def fio_command(
+    cell: Cell, uri: str, report: Path, *, runtime_s: float, cpu: str | None
+) -> list[str]:
+    """The command that loads `uri` and writes `report`."""
     argv = ["taskset", "-c", cpu] if cpu is not None else []
-    argv += ["fio", "--name=bench", "--ioengine=nbd", f"--uri={server.uri('unix')}"]
+    argv += ["fio", "--name=bench", "--ioengine=nbd", f"--uri={uri}"]
     argv += [f"--rw={cell.pattern}", f"--bs={cell.block_size}"]
     argv += [f"--iodepth={cell.depth}", f"--size={SIZES[cell.disk]}", "--randseed=1"]
-    # Not from stdout: the nbd engine greets there.
-    report = server.directory / "fio.json"
     argv += ["--output-format=json", f"--output={report}", *cell.options]
     if cell.work is None:
         argv += ["--time_based", f"--runtime={runtime_s}"]
     else:
         argv.append(f"--io_size={cell.work}")
-    run(*argv)
-    return report.read_text()
+    return argv
 
 
 def _processes(pid: int) -> Iterator[int]:

@@ -208,12 +208,23 @@ def qemu_nbd(
 
 
 def nbdkit_file(
-    image: Path, directory: Path, *, export: str = "disk", options: Sequence[str] = ()
+    image: Path,
+    directory: Path,
+    *,
+    export: str = "disk",
+    transport: str = "unix",
+    options: Sequence[str] = (),
 ) -> Server:
-    """nbdkit's file plugin on a raw image, over a Unix socket."""
-    unix = directory / "nbd.sock"
-    argv = ["nbdkit", "--foreground", "--unix", str(unix), *options]
-    return Server([*argv, "file", str(image)], directory, export, unix)
+    """nbdkit's file plugin on a raw image; it listens on one address only."""
+    unix, port = None, None
+    if transport == "unix":
+        unix = directory / "nbd.sock"
+        where = ["--unix", str(unix)]
+    else:
+        port = _free_port()
+        where = ["--ipaddr", "127.0.0.1", "--port", str(port)]
+    argv = ["nbdkit", "--foreground", *where, *options]
+    return Server([*argv, "file", str(image)], directory, export, unix, port)
 
 
 def server_under_test(

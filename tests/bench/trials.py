@@ -1,0 +1,219 @@
+"""What one cell can't show: ``python -m tests.bench.trials [NAME...]``.
+
+Each trial prints a table of its own. Servers and settings take turns, and figures are
+medians of the rounds.
+"""
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.bench import scale
+from tests.bench.cells import KIB, MIB, Cell, Disk
+from tests.bench.contenders import state_options
+from tests.bench.disks import SIZES, Disks
+from tests.bench.load import Sample, cpu_seconds, fio_command, measure, sample_of
+from tests.bench.report import Rows, aligned
+from tests.helpers.certificates import make_certificates
+from tests.helpers.servers import Server, nbdkit_file, nbdserve, qemu_nbd
+from tests.helpers.tools import run
+
+HOT = Cell("hot", "", Disk.ALLOCATED, "randread", 4 * KIB, 1, options=("--size=64M",))
+BUSY = Cell("busy", "", Disk.ALLOCATED, "randread", 4 * KIB, 32)
+
+#: What the neighbour does, as fio says it, while hot reads are timed.
+NEIGHBOURS = {
+    "cold 4 KiB reads, depth 32": ("randread", 4 * KIB, 32),
+    "cold 1 MiB reads, depth 8": ("randread", MIB, 8),
+    "1 MiB writes, depth 8, each 8 flushed": ("randwrite", MIB, 8),
+}
+
+
+def tls(scratch: Path, rounds: int) -> Rows:
+    """1 GiB by nbdcopy over one encrypted connection."""
+    disks = Disks(scratch)
+    images = {kind: disks.prepare(Disk.ALLOCATED, kind) for kind in ("qcow2", "raw")}
+    folder = scratch / "pki"
+    folder.mkdir()
+    pki = make_certificates(folder)
+    ours = ["--tls-certificates", str(pki.server), *state_options()]
+    credentials = f"tls-creds-x509,id=tls,dir={pki.server},endpoint=server"
+    theirs = ["--object", f"{credentials},verify-peer=no", "--tls-creds", "tls"]
+
+    def start(name: str) -> Server:
+        where = scratch / "server"
+        if name.startswith("nbdserve"):
+            kind = "raw" if name.endswith("raw") else "qcow2"
+            more = ["--workers", "2"] if "workers" in name else []
+            return nbdserve(
+                images[kind],
+                where,
+                image_format=kind,
+                transports=["tcp"],
+                options=[*ours, *more],
+            )
+        if name.startswith("qemu"):
+            aio = name.split()[1]
+            return qemu_nbd(
+                images["qcow2"],
+                where,
+                image_format="qcow2",
+                transport="tcp",
+                options=[*theirs, f"--aio={aio}"],
+            )
+        options = ["--tls=require", f"--tls-certificates={pki.server}"]
+        return nbdkit_file(images["raw"], where, transport="tcp", options=options)
+
+    names = ["qemu threads", "qemu io_uring", "nbdkit raw", "nbdserve"]
+    names += ["nbdserve raw", "nbdserve, 2 workers"]
+    times: dict[str, list[float]] = {name: [] for name in names}
+    spent: dict[str, list[float]] = {name: [] for name in names}
+    for number in range(rounds):
+        for name in names[number % len(names) :] + names[: number % len(names)]:
+            for path in images.values():
+                path.read_bytes()  # warm
+            with start(name) as server:
+                uri = server.uri("tcp").replace("nbd:", "nbds:", 1)
+                uri += f"?tls-certificates={pki.clients['alice']}"
+                before = cpu_seconds(server.pid)
+                began_s = time.perf_counter()
+                run("nbdcopy", "--connections=1", uri, "null:")
+                times[name].append(time.perf_counter() - began_s)
+                spent[name].append(cpu_seconds(server.pid) - before)
+    best_qemu = min(statistics.median(times[name]) for name in names[:2])
+    nbdkit = statistics.median(times[names[2]])
+    rows = [["TLS, 1 GiB", "seconds", "server CPU s", "against qemu", "against nbdkit"]]
+    for name in names:
+        middle = statistics.median(times[name])
+        cpu = statistics.median(spent[name])
+        rates = [f"{best_qemu / middle:.2f}x", f"{nbdkit / middle:.2f}x"]
+        rows.append([name, f"{middle:.2f}", f"{cpu:.2f}", *rates])
+    return rows
+
+
+def fairness(scratch: Path, rounds: int) -> Rows:
+    """p99 of hot 4 KiB reads, alone and beside a client that has to wait for the disk."""
+    disks = Disks(scratch)
+    hot = disks.prepare(Disk.ALLOCATED, "qcow2")
+    slow = scratch / "slow.qcow2"
+    run("cp", hot, slow)
+    alone: list[Sample] = []
+    beside: dict[str, list[Sample]] = {name: [] for name in NEIGHBOURS}
+    for _ in range(rounds):
+        for name, (pattern, block_size, depth) in NEIGHBOURS.items():
+            disks.settle(Disk.ALLOCATED, hot, cold=False)
+            disks.settle(Disk.ALLOCATED, slow, cold=True)
+            options = [f"slow={slow}", *state_options()]
+            with nbdserve(
+                hot,
+                scratch / "server",
+                image_format="qcow2",
+                transports=["unix"],
+                options=options,
+            ) as server:
+                alone.append(measure(HOT, server, runtime_s=1.0, cpu=None))
+                flush = ["--fsync=8"] if "write" in pattern else []
+                neighbour = subprocess.Popen(
+                    [
+                        *("fio", "--name=slow", "--ioengine=nbd", "--time_based"),
+                        *(f"--uri={server.uri('unix', 'slow')}", f"--rw={pattern}"),
+                        *(f"--bs={block_size}", f"--iodepth={depth}", "--runtime=30"),
+                        *(f"--size={SIZES[Disk.ALLOCATED]}", *flush),
+                    ],
+                    stdout=subprocess.DEVNULL,
+                )
+                try:
+                    time.sleep(0.5)
+                    sample = measure(HOT, server, runtime_s=1.0, cpu=None)
+                    beside[name].append(sample)
+                finally:
+                    neighbour.terminate()
+                    neighbour.wait()
+    idle = statistics.median(sample.p99_us for sample in alone)
+    rows = [["hot 4 KiB reads, depth 1", "p99 us", "against alone"]]
+    rows.append(["alone", f"{idle:.0f}", "1.00x"])
+    for name, samples in beside.items():
+        p99 = statistics.median(sample.p99_us for sample in samples)
+        rows.append([f"beside {name}", f"{p99:.0f}", f"{p99 / idle:.2f}x"])
+    return rows
+
+
+def workers(scratch: Path, rounds: int) -> Rows:
+    """Two exports read at once, by one process and by two workers."""
+    disks = Disks(scratch)
+    first = disks.prepare(Disk.ALLOCATED, "qcow2")
+    second = scratch / "second.qcow2"
+    run("cp", first, second)
+    rates: dict[int, list[float]] = {1: [], 2: []}
+    for _ in range(rounds):
+        for count, found in rates.items():
+            for image in (first, second):
+                disks.settle(Disk.ALLOCATED, image, cold=False)
+            options = [f"second={second}", "--workers", str(count), *state_options()]
+            with nbdserve(
+                first,
+                scratch / "server",
+                image_format="qcow2",
+                transports=["unix"],
+                options=options,
+            ) as server:
+                loads = []
+                for export in ("disk", "second"):
+                    report = server.directory / f"{export}.json"
+                    uri = server.uri("unix", export)
+                    argv = fio_command(BUSY, uri, report, runtime_s=2.0, cpu=None)
+                    fio = subprocess.Popen(argv, stdout=subprocess.DEVNULL)
+                    loads.append((fio, report))
+                for fio, _ in loads:
+                    fio.wait()
+                total = sum(sample_of(report)[0] for _, report in loads)
+            found.append(total)
+    middles = {count: statistics.median(found) for count, found in rates.items()}
+    rows = [["4 KiB random reads, depth 32, of two exports", "k/s", "against one"]]
+    for count, middle in middles.items():
+        ratio = f"{middle / middles[1]:.2f}x"
+        rows.append([f"workers: {count}", f"{middle / 1e3:.1f}", ratio])
+    return rows
+
+
+TRIALS: dict[str, Callable[[Path, int], Rows]] = {
+    "tls": tls,
+    "fairness": fairness,
+    "workers": workers,
+    "start": scale.start,
+    "connections": scale.connections,
+    "exports": scale.exports,
+    "tables": scale.tables,
+    "sizes": scale.sizes,
+}
+
+
+def main() -> int:
+    """Run the trials that are named; none are all."""
+    parser = argparse.ArgumentParser(
+        prog="python -m tests.bench.trials", description=__doc__
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(TRIALS))
+    parser.add_argument("--rounds", type=int, default=5, help="default: 5")
+    parser.add_argument("--dir", type=Path, help="where the images are made")
+    arguments = parser.parse_args()
+    # a server is installed with its bytecode
+    os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    for name in arguments.names or TRIALS:
+        if name not in TRIALS:
+            parser.error(f"no trial {name!r}; there are {', '.join(TRIALS)}")
+        with tempfile.TemporaryDirectory(dir=arguments.dir, prefix="trial-") as scratch:
+            rows = TRIALS[name](Path(scratch), arguments.rounds)
+        sys.stdout.write(aligned(rows) + "\n\n")
+        sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
