@@ -27,10 +27,6 @@ from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
 from nbdserve.exports.opening import open_export
 from nbdserve.exports.registry import Registry
-from nbdserve.formats.open import open_image
-from nbdserve.formats.persistent_bitmaps import find_bitmap
-from nbdserve.formats.qcow2.image import Qcow2Image
-from nbdserve.formats.scratch import open_scratch
 from nbdserve.server.limits import Limits, changed
 from nbdserve.server.listeners import (
     Endpoint,

@@ -5,20 +5,21 @@ medians of the rounds.
 """
 
 import argparse
+import contextlib
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from tests.bench import scale
 from tests.bench.cells import KIB, MIB, Cell, Disk
 from tests.bench.contenders import state_options
 from tests.bench.disks import SIZES, Disks
-from tests.bench.load import Sample, cpu_seconds, fio_command, measure, sample_of
+from tests.bench.load import cpu_seconds, fio_command, measure, sample_of
 from tests.bench.report import Rows, aligned
 from tests.helpers.certificates import make_certificates
 from tests.helpers.servers import Server, nbdkit_file, nbdserve, qemu_nbd
@@ -98,50 +99,66 @@ def tls(scratch: Path, rounds: int) -> Rows:
 
 
 def fairness(scratch: Path, rounds: int) -> Rows:
-    """p99 of hot 4 KiB reads, alone and beside a client that has to wait for the disk."""
+    """p99 of hot 4 KiB reads beside a client that has to wait for the disk.
+
+    Three processes share the processors then; what that costs without anything of ours
+    shows where the neighbour is served by another server.
+    """
     disks = Disks(scratch)
     hot = disks.prepare(Disk.ALLOCATED, "qcow2")
     slow = scratch / "slow.qcow2"
     run("cp", hot, slow)
-    alone: list[Sample] = []
-    beside: dict[str, list[Sample]] = {name: [] for name in NEIGHBOURS}
+    alone: list[float] = []
+    found: dict[tuple[str, bool], list[float]] = {
+        (name, same): [] for name in NEIGHBOURS for same in (True, False)
+    }
     for _ in range(rounds):
-        for name, (pattern, block_size, depth) in NEIGHBOURS.items():
+        for (name, same), p99s in found.items():
             disks.settle(Disk.ALLOCATED, hot, cold=False)
             disks.settle(Disk.ALLOCATED, slow, cold=True)
-            options = [f"slow={slow}", *state_options()]
-            with nbdserve(
-                hot,
-                scratch / "server",
-                image_format="qcow2",
-                transports=["unix"],
-                options=options,
-            ) as server:
-                alone.append(measure(HOT, server, runtime_s=1.0, cpu=None))
-                flush = ["--fsync=8"] if "write" in pattern else []
-                neighbour = subprocess.Popen(
-                    [
-                        *("fio", "--name=slow", "--ioengine=nbd", "--time_based"),
-                        *(f"--uri={server.uri('unix', 'slow')}", f"--rw={pattern}"),
-                        *(f"--bs={block_size}", f"--iodepth={depth}", "--runtime=30"),
-                        *(f"--size={SIZES[Disk.ALLOCATED]}", *flush),
-                    ],
-                    stdout=subprocess.DEVNULL,
-                )
-                try:
-                    time.sleep(0.5)
-                    sample = measure(HOT, server, runtime_s=1.0, cpu=None)
-                    beside[name].append(sample)
-                finally:
-                    neighbour.terminate()
-                    neighbour.wait()
-    idle = statistics.median(sample.p99_us for sample in alone)
-    rows = [["hot 4 KiB reads, depth 1", "p99 us", "against alone"]]
-    rows.append(["alone", f"{idle:.0f}", "1.00x"])
-    for name, samples in beside.items():
-        p99 = statistics.median(sample.p99_us for sample in samples)
-        rows.append([f"beside {name}", f"{p99:.0f}", f"{p99 / idle:.2f}x"])
+            one = _serving_disk(hot, scratch / "one", *([slow] if same else []))
+            other = one if same else _serving_disk(slow, scratch / "other")
+            with contextlib.ExitStack() as servers:
+                servers.enter_context(one)
+                if not same:
+                    servers.enter_context(other)
+                alone.append(measure(HOT, one, runtime_s=1.0, cpu=None).p99_us)
+                uri = other.uri("unix", "slow" if same else "disk")
+                with _neighbour(name, uri):
+                    p99s.append(measure(HOT, one, runtime_s=1.0, cpu=None).p99_us)
+    idle = statistics.median(alone)
+    rows = [["hot 4 KiB reads, depth 1: p99", "us", "against alone", "other server us"]]
+    rows.append(["alone", f"{idle:.0f}", "1.00x", ""])
+    for name in NEIGHBOURS:
+        p99, elsewhere = (
+            statistics.median(found[name, same]) for same in (True, False)
+        )
+        ratio = f"{p99 / idle:.2f}x"
+        rows.append([f"beside {name}", f"{p99:.0f}", ratio, f"{elsewhere:.0f}"])
     return rows
+
+
+def _serving_disk(image: Path, where: Path, *slow: Path) -> Server:
+    options = [*(f"slow={path}" for path in slow), *state_options()]
+    return nbdserve(
+        image, where, image_format="qcow2", transports=["unix"], options=options
+    )
+
+
+@contextlib.contextmanager
+def _neighbour(name: str, uri: str) -> Iterator[None]:
+    """Have a client of `uri` do what is called `name`."""
+    pattern, block_size, depth = NEIGHBOURS[name]
+    argv = ["fio", "--name=slow", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}"]
+    argv += [f"--bs={block_size}", f"--iodepth={depth}", "--time_based"]
+    argv += ["--runtime=30", f"--size={SIZES[Disk.ALLOCATED]}"]
+    argv += ["--fsync=8"] if "write" in pattern else []
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as fio:
+        try:
+            time.sleep(0.5)
+            yield
+        finally:
+            fio.terminate()
 
 
 def workers(scratch: Path, rounds: int) -> Rows:

@@ -128,3 +128,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     (tmp_path / "latin").write_bytes(b"# \xff")
     with pytest.raises(ConfigError, match="is not UTF-8"):
         read_config(str(tmp_path / "latin"), NAMES, judge)
+
+
+def test_a_mistake_in_a_long_file_is_found_soon(tmp_path: Path) -> None:
+    entries = "".join(f'[[export]]\npath = "{n}"\n' for n in range(3000))
+    with pytest.raises(ConfigError, match="line 6002: unknown key 'pth'"):
+        read(tmp_path, f'{entries}[[export]]\npth = "x"\npath = "y"\n')
