@@ -194,13 +194,13 @@ class Driver:
         try:
             step()
         except (ImageError, RequestError, ConfigError, OSError) as error:
-            _require_line(error)
+            require_line(error)
 
     async def _try_async(self, step: Step) -> None:
         try:
             await step()
         except (ImageError, RequestError, ConfigError, OSError) as error:
-            _require_line(error)
+            require_line(error)
 
 
 def _requests(image: BlockDevice) -> Iterator[Step]:
@@ -224,7 +224,7 @@ def _offsets(image: BlockDevice) -> list[int]:
     return [at for at in [*places, image.size - 700] if 0 <= at < image.size]
 
 
-def _require_line(error: Exception) -> None:
+def require_line(error: Exception) -> None:
     """An error is one line that says something; a system call's has a number."""
     if isinstance(error, OSError) and error.errno is None:
         raise HarmError(f"an OSError without a number: {error!r}") from error
