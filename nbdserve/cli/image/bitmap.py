@@ -3,7 +3,7 @@
 import argparse
 from typing import TYPE_CHECKING
 
-from nbdserve.cli.parser import judged, one_of
+from nbdserve.cli.parser import define_allowed_files, judged, one_of
 from nbdserve.config.units import parse_size
 from nbdserve.errors import ConfigError
 
@@ -62,13 +62,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="IMAGE",
         help="merge: the image that has the other bitmaps",
     )
-    parser.add_argument(
-        "--allow-backing",
-        metavar="DIR",
-        action="append",
-        default=[],
-        help="also open backing files below DIR, not only from the image's own folder",
-    )
+    define_allowed_files(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -97,7 +91,11 @@ async def _change(arguments: argparse.Namespace) -> None:
     from nbdserve.cli.image.changing import as_qcow2, opened_to_change
 
     path, name = arguments.path, arguments.name
-    async with opened_to_change(path, allow_backing=arguments.allow_backing) as device:
+    async with opened_to_change(
+        path,
+        allow_backing=arguments.allow_backing,
+        allow_data_file=arguments.allow_data_file,
+    ) as device:
         image = as_qcow2(device, path, "have persistent bitmaps")
         match arguments.verb:
             case "add":
@@ -126,7 +124,10 @@ async def _merge(image: "Qcow2Image", arguments: argparse.Namespace) -> None:
         await image.merge_bitmap(name, *bitmaps)
         return
     device = await open_source(
-        arguments.other, image_format=None, allow_backing=arguments.allow_backing
+        arguments.other,
+        image_format=None,
+        allow_backing=arguments.allow_backing,
+        allow_data_file=arguments.allow_data_file,
     )
     try:
         other = as_qcow2(device, arguments.other, "have persistent bitmaps")

@@ -61,6 +61,15 @@ def test_merging_from_another_image(tmp_path: Path) -> None:
     assert seen_by_qemu(path, "b", tmp_path) == [(5 * MIB, 65536)]
 
 
+def test_an_image_whose_data_are_elsewhere(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    path = make(tmp_path, MIB, options=f"data_file={data},data_file_raw=on")
+    assert bitmap("add", path, "b") == 1
+    assert bitmap("add", path, "b", "--allow-data-file", data) == 0
+    assert list(qemu_bitmaps(path)) == ["b"]
+    run("qemu-img", "check", path)
+
+
 def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = make(tmp_path, MIB)
     raw = tmp_path / "disk.raw"
