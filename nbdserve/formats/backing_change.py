@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from nbdserve.block.device import BlockDevice
 from nbdserve.errors import ConfigError, ImageFormatError
 from nbdserve.formats.chain import BackingReference, driver_with, open_data
+from nbdserve.formats.data_file import SplitDriver
 from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
 from nbdserve.formats.mapped.redo import redo_path
 from nbdserve.formats.open import drivers
@@ -146,11 +147,11 @@ async def plan_change(
         OSError: It can't be read.
     """
     storage = overlay.storage
-    start = await _read(storage, _START)
     if overlay.format == "qcow":
+        start = await _read(storage, _START)
         data = await _read(storage, qcow1_header.header_bytes_needed(start))
         return qcow1.plan_backing_change(data, storage.size, name)
-    data = await _read(storage, qcow2_header.header_bytes_needed(start))
+    data = await _first_cluster(storage)
     return qcow2.plan_backing_change(data, storage.size, name, backing_format)
 
 
@@ -169,6 +170,42 @@ async def change_backing(
     for offset, data in await plan_change(overlay, name, backing_format):
         await overlay.storage.write(offset, data)
         await overlay.storage.flush()
+
+
+async def data_file_of(overlay: Overlay) -> bytes | None:
+    """Return the recorded name of the external data file, None if there is none."""
+    driver = drivers()[overlay.format]
+    if not isinstance(driver, SplitDriver):
+        return None
+    return await driver.data_file(overlay.storage)
+
+
+async def plan_data_file(overlay: Overlay, name: bytes) -> list[tuple[int, bytes]]:
+    """Return (offset, bytes) of what has to be written, with a barrier after each.
+
+    Raises:
+        ImageError: The header is broken, or has no room for the name.
+    """
+    storage = overlay.storage
+    cluster = await _first_cluster(storage)
+    return qcow2.plan_data_file_change(cluster, storage.size, name)
+
+
+async def change_data_file(overlay: Overlay, name: bytes) -> None:
+    """Change the name of the external data file; durable on return.
+
+    Raises:
+        ImageError: See `plan_data_file`.
+        OSError: The image can't be read or written.
+    """
+    for offset, data in await plan_data_file(overlay, name):
+        await overlay.storage.write(offset, data)
+        await overlay.storage.flush()
+
+
+async def _first_cluster(storage: FileStorage) -> bytes:
+    start = await _read(storage, _START)
+    return await _read(storage, qcow2_header.header_bytes_needed(start))
 
 
 async def _read(storage: FileStorage, length: int) -> bytes:

@@ -14,9 +14,12 @@ from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.backing_change import (
     Overlay,
     change_backing,
+    change_data_file,
+    data_file_of,
     judge_name,
     open_overlay,
     plan_change,
+    plan_data_file,
 )
 from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
 from nbdserve.formats.open import drivers
@@ -33,11 +36,13 @@ class _Change:
 
     Attributes:
         overlay: The image.
-        name: What its backing file will be called.
+        name: What its backing file will be called, or
+        of_data: its external data file.
     """
 
     overlay: Overlay
     name: bytes
+    of_data: bool = False
 
     @property
     def backing_format(self) -> str | None:
@@ -47,11 +52,17 @@ class _Change:
 
     async def judge(self) -> None:
         """Raise now what would be raised by `make`, except errors of the system."""
-        await plan_change(self.overlay, self.name, self.backing_format)
+        if self.of_data:
+            await plan_data_file(self.overlay, self.name)
+        else:
+            await plan_change(self.overlay, self.name, self.backing_format)
 
     async def make(self) -> None:
         """Change the header."""
-        await change_backing(self.overlay, self.name, self.backing_format)
+        if self.of_data:
+            await change_data_file(self.overlay, self.name)
+        else:
+            await change_backing(self.overlay, self.name, self.backing_format)
 
 
 async def rename_image(
@@ -66,7 +77,7 @@ async def rename_image(
     Args:
         old: Its name. Nobody may be writing to it.
         new: Its new name, on the same file system; nothing may be there.
-        referrers: Images whose backing file it is. Nobody else may have them open.
+        referrers: Images whose backing file, or external data file, it is. Nobody else may have them open.
         engine: Options for images whose headers change.
 
     Raises:
@@ -80,14 +91,13 @@ async def rename_image(
         for referrer in referrers:
             overlay = await open_overlay(referrer, engine=engine)
             stack.push_async_callback(overlay.storage.close)
-            name = await run(_new_reference, referrer, overlay, old, new)
-            changes.append(_Change(overlay, name))
-        own = await _own_changes(stack, old, new, engine)
-        for change in (*changes, *own):
+            changes.append(await _referring_change(referrer, overlay, old, new))
+        absolute, relative = await _own_changes(stack, old, new, engine)
+        for change in (*changes, *absolute, *relative):
             await change.judge()
-        if own:
+        for change in absolute:
             # valid under both names
-            await own[0].make()
+            await change.make()
         await run(_add_name, old, new)
         try:
             for change in changes:
@@ -98,8 +108,8 @@ async def rename_image(
                 f" changed: {error.strerror}"
             ) from error
         await run(_remove_name, old)
-        if own:
-            await own[1].make()
+        for change in relative:
+            await change.make()
 
 
 def _judge_names(old: str, new: str) -> None:
@@ -118,26 +128,40 @@ def _judge_names(old: str, new: str) -> None:
         ) from error
 
 
-def _new_reference(referrer: str, overlay: Overlay, old: str, new: str) -> bytes:
-    """Return the name under which an image will find its renamed backing file."""
+async def _referring_change(
+    referrer: str, overlay: Overlay, old: str, new: str
+) -> _Change:
+    """Return what changes in an image whose backing or data file is renamed."""
+    data = await data_file_of(overlay)
+    if data is not None and await run(_leads_to, referrer, data, old):
+        return _Change(overlay, await run(_new_name, referrer, data, new), of_data=True)
     reference = overlay.reference
     if reference is None:
         raise ImageError(f"{shown(referrer)}: has no backing file")
-    folder = os.path.dirname(referrer)
-    recorded = os.path.join(os.fsencode(folder), reference.name)
-    if not os.path.exists(recorded) or not os.path.samefile(recorded, old):
+    if not await run(_leads_to, referrer, reference.name, old):
+        recorded = os.path.join(os.fsencode(os.path.dirname(referrer)), reference.name)
         raise ImageError(
             f"{shown(referrer)}: its backing file is {shown(recorded)}, not {shown(old)}"
         )
-    if os.path.isabs(reference.name):
+    return _Change(overlay, await run(_new_name, referrer, reference.name, new))
+
+
+def _leads_to(referrer: str, name: bytes, path: str) -> bool:
+    recorded = os.path.join(os.fsencode(os.path.dirname(referrer)), name)
+    return os.path.exists(recorded) and os.path.samefile(recorded, path)
+
+
+def _new_name(referrer: str, name: bytes, new: str) -> bytes:
+    """Return the name under which an image will find a renamed file."""
+    if os.path.isabs(name):
         return judge_name(os.path.abspath(new))
-    return judge_name(_relative(_real(new), folder))
+    return judge_name(_relative(_real(new), os.path.dirname(referrer)))
 
 
 async def _own_changes(
     stack: AsyncExitStack, old: str, new: str, engine: EngineOptions
-) -> list[_Change]:
-    """Lock the image; return what changes in it if its own backing file has a relative name.
+) -> tuple[list[_Change], list[_Change]]:
+    """Lock the image; return what changes in it where it names files relatively.
 
     Such a name counts from the image's folder. Where that changes, it is made
     absolute first and relative again in the end.
@@ -146,25 +170,29 @@ async def _own_changes(
     stack.push_async_callback(storage.close)
     found = await probe(storage)
     if found == "raw":
-        return []
+        return [], []
     reference = await drivers()[found].backing(storage)
-    if reference is None or os.path.isabs(reference.name):
-        return []
-    moved = await run(_backing_if_moved, old, new, os.fsdecode(reference.name))
-    if moved is None:
-        return []
+    data = await data_file_of(Overlay(storage, found, reference))
+    backing = None if reference is None else reference.name
+    moved = [
+        (*places, name is data)
+        for name in (backing, data)
+        if name is not None and not os.path.isabs(name)
+        if (places := await run(_place_if_moved, old, new, os.fsdecode(name)))
+    ]
+    if not moved:
+        return [], []
     await storage.close()
     overlay = await open_overlay(old, engine=engine)
     stack.push_async_callback(overlay.storage.close)
-    absolute, relative = moved
-    return [
-        _Change(overlay, judge_name(absolute)),
-        _Change(overlay, judge_name(relative)),
-    ]
+    return (
+        [_Change(overlay, judge_name(each), of_data) for each, _, of_data in moved],
+        [_Change(overlay, judge_name(each), of_data) for _, each, of_data in moved],
+    )
 
 
-def _backing_if_moved(old: str, new: str, name: str) -> tuple[str, str] | None:
-    """Return the backing file's absolute and new relative name if the folder changes."""
+def _place_if_moved(old: str, new: str, name: str) -> tuple[str, str] | None:
+    """Return a file's absolute and new relative name if the image's folder changes."""
     folders = [os.path.dirname(path) or os.curdir for path in (old, new)]
     if os.path.samefile(*folders):
         return None

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from nbdserve.errors import (
 from nbdserve.formats.create import create_image
 from nbdserve.formats.open import open_image
 from nbdserve.formats.qcow2.extensions import EXTENSION_DATA_FILE
+from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.storage.file import FileStorage
 from tests.helpers.tools import run
 
@@ -528,3 +530,79 @@ async def test_snapshots_beside_a_data_file_are_refused(tmp_path: Path) -> None:
     (tmp_path / "data").write_bytes(bytes(MIB))
     with pytest.raises(ImageError, match="there can't be both"):
         await open_image(path, allow_data_file=[tmp_path])
+
+
+async def test_bitmaps_are_kept_beside_a_raw_data_file(tmp_path: Path) -> None:
+    path = made(tmp_path, "data_file_raw=on")
+    run("qemu-img", "bitmap", "--add", "-g", "64k", path, "since")
+    async with open_image(path, allow_data_file=[tmp_path]) as device:
+        await device.write(MIB, b"changed")
+    assert path.read_bytes()[95] == 3  # both autoclear bits
+    run("qemu-img", "check", path)
+    async with open_image(path, allow_data_file=[tmp_path]) as device:
+        assert isinstance(device, Qcow2Image)
+        bitmap = await device.dirty_bitmap("since")
+        assert list(bitmap.dirty()) == [(MIB, 64 * KIB)]
+
+
+async def test_there_is_nothing_to_compact(tmp_path: Path) -> None:
+    path = made(tmp_path)
+    async with open_image(path, allow_data_file=[tmp_path]) as device:
+        assert isinstance(device, Qcow2Image)
+        with pytest.raises(ConfigError, match="each cluster has its place"):
+            await device.compact()
+
+
+async def test_a_killed_servers_links_into_the_data_file_are_made(
+    tmp_path: Path,
+) -> None:
+    """The redo log covers first writes, which wait for a barrier."""
+    path, state = made(tmp_path), tmp_path / "state"
+    state.mkdir()
+    program = f"""
+import asyncio, os, nbdserve
+async def main():
+    image = await nbdserve.open_image(
+        {str(path)!r}, allow_data_file=[{str(tmp_path)!r}], state_dir={str(state)!r})
+    await image.write(70_000, b"acknowledged")
+    os.kill(os.getpid(), 9)
+asyncio.run(main())
+"""
+    run(sys.executable, "-c", program, expect=[-9])
+    async with open_image(path, allow_data_file=[tmp_path], state_dir=state) as device:
+        assert any("linked 1" in note for note in device.notes)
+        assert await device.read(70_000, 12) == b"acknowledged"
+    run("qemu-img", "check", path)
+    run("qemu-io", "-f", "qcow2", "-c", "read -P 0 64k 1k", path)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+def test_rename_the_data_file(tmp_path: Path, relative: bool) -> None:
+    path, new = made(tmp_path), tmp_path / "sub" / "new.raw"
+    new.parent.mkdir()
+    if not relative:
+        words = ["--data-file", tmp_path / "disk.raw"]
+        assert image("amend", path, *words) == 0
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 5 0 1M", path)
+    assert image("rename", "disk.raw", new, "--referrer", path) == 0
+    shown = json.loads(run("qemu-img", "info", "--output=json", path))
+    name = shown["format-specific"]["data"]["data-file"]
+    assert name == ("sub/new.raw" if relative else str(new))
+    assert not (tmp_path / "disk.raw").exists()
+    run("qemu-io", "-f", "qcow2", "-c", "read -P 5 0 1M", path)
+    run("qemu-img", "check", path)
+
+
+def test_rename_an_image_into_another_folder(tmp_path: Path) -> None:
+    path, new = made(tmp_path), tmp_path / "sub" / "disk.qcow2"
+    new.parent.mkdir()
+    run("qemu-io", "-f", "qcow2", "-c", "write -P 5 0 1M", path)
+    assert image("rename", path, new) == 0
+
+    async def look() -> None:
+        async with open_image(new, allow_data_file=[tmp_path / "disk.raw"]) as device:
+            assert await device.read(0, 4) == b"\x05" * 4
+
+    asyncio.run(look())
+    shown = json.loads(run("qemu-img", "info", "-U", "--output=json", new))
+    assert shown["format-specific"]["data"]["data-file"] == "../disk.raw"

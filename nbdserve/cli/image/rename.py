@@ -5,8 +5,8 @@ import argparse
 TAKES = "OLD NEW"
 
 DESCRIPTION = """\
-Rename an image within a file system, and correct the name of the backing file in
-the images that refer to it. The file has both names until all of that is done, so
+Rename an image, or a data file, within a file system, and correct its name in the
+images that refer to it. The file has both names until all of that is done, so
 that an interruption leaves no image without its backing file. Nothing is ever
 overwritten."""
 
@@ -25,7 +25,8 @@ def define(parser: argparse.ArgumentParser) -> None:
         metavar="IMG",
         action="append",
         default=[],
-        help="an image whose backing file OLD is; may be given several times",
+        help="an image whose backing file, or external data file, OLD is; may be given"
+        " several times",
     )
 
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, replace
 
 from nbdserve.errors import ConfigError, ImageCorruptError, ImageError
 from nbdserve.formats.check_result import CheckResult
-from nbdserve.formats.qcow2.backing_name import plan_header_change
+from nbdserve.formats.qcow2.backing_name import plan_header_change, with_data_file
 from nbdserve.formats.qcow2.check import read_header
 from nbdserve.formats.qcow2.extensions import (
     EXTENSION_BITMAPS,
-    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     FEATURE_INCOMPATIBLE,
     FEATURE_NAMES,
@@ -210,9 +209,7 @@ def _set_data_file(fd: int, wanted: Amendment) -> None:
     """Change what the header says of the data file."""
     old = new = read_header(fd)
     if wanted.data_file is not None:
-        others = [each for each in new.extensions if each[0] != EXTENSION_DATA_FILE]
-        named = (EXTENSION_DATA_FILE, wanted.data_file)
-        new = replace(new, extensions=(named, *others))
+        new = with_data_file(new, wanted.data_file)
     if wanted.data_file_raw is False:
         features = new.autoclear_features & ~AUTOCLEAR_DATA_FILE_RAW
         new = replace(new, autoclear_features=features)

@@ -14,6 +14,7 @@ from typing import Final
 from nbdserve.errors import ImageFormatError
 from nbdserve.formats.qcow2.extensions import (
     EXTENSION_BACKING_FORMAT,
+    EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
     Extensions,
     encode_extensions,
@@ -64,6 +65,32 @@ def plan_backing_change(
         extensions=_with_format(old.extensions, backing_format if name else None),
     )
     return plan_header_change(cluster, old, new)
+
+
+def plan_data_file_change(cluster: bytes, file_size: int, name: bytes) -> list[Write]:
+    """Return what has to be written so that the external data file has another name.
+
+    Args:
+        cluster: The first cluster of the image.
+        file_size: Bytes of the image file.
+        name: As it shall be stored.
+
+    Raises:
+        ImageError: The header is broken, or has no room for the name.
+    """
+    old = parse_header(cluster, file_size)
+    return plan_header_change(cluster, old, with_data_file(old, name))
+
+
+def with_data_file(header: Header, name: bytes) -> Header:
+    """Return a header that names another external data file."""
+    extensions = [
+        (magic, name if magic == EXTENSION_DATA_FILE else data)
+        for magic, data in header.extensions
+    ]
+    if header.extension(EXTENSION_DATA_FILE) is None:
+        extensions.insert(0, (EXTENSION_DATA_FILE, name))
+    return replace(header, extensions=tuple(extensions))
 
 
 def plan_header_change(cluster: bytes, old: Header, new: Header) -> list[Write]:
