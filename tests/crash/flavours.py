@@ -30,7 +30,7 @@ class Flavour:
         format: qcow or qcow2.
         size: Bytes of the disk.
         options: For `-o` of qemu-img.
-        filled: Whether it has content of its own.
+        filled: Whether it has content of its own; over a backing file, a little.
         compressed: Whether that is compressed.
         dense: Whether it is hard to compress.
         snapshot: Whether a snapshot shares that.
@@ -150,7 +150,6 @@ FLAVOURS: Final = {
     "sub-compacting": Flavour(
         options=_SUB, size=400 * KIB, filled=True, holes=256 * KIB, compacting=True
     ),
-    "sub-snapshot": Flavour(options=_SUB, filled=True, snapshot=True),
     "v3-data": Flavour(options=_4K, external=True, size=97 * KIB + 512),
     "v3-data-filled": Flavour(options=_4K, external=True, filled=True),
     "v3-data-512": Flavour(options=_512, external=True, size=60 * KIB),
@@ -158,6 +157,7 @@ FLAVOURS: Final = {
     "sub-data": Flavour(options=_SUB, external=True, size=97 * KIB + 512),
     "sub-data-backed": Flavour(options=_SUB, external=True, backing=70 * KIB + 512),
     "v3-data-raw": Flavour(options=_4K, external=True, raw=True, size=97 * KIB + 512),
+    "sub-snapshot": Flavour(options=_SUB, backing=70 * KIB, filled=True, snapshot=True),
 }
 
 
@@ -264,6 +264,8 @@ def make(name: str, folder: Path) -> Image:
             backing = ["-b", "base.qcow2", "-F", "qcow2"]
         run(*argv, *options, *backing, path, str(flavour.size))
         guest = base.ljust(flavour.size, b"\0")
+        if flavour.filled:
+            guest = _with_own(path, guest)
     elif flavour.filled:
         guest = _pattern(flavour.size, chance, dense=flavour.dense)
         raw = folder / "content.raw"
@@ -307,6 +309,15 @@ def _put_old_bytes(data: bytearray, guest: bytes, *, empty: bool) -> None:
         if empty or not any(guest[start : start + 4096]):
             length = min(4096, len(data) - start)
             data[start : start + length] = (b"old bytes;" * 410)[:length]
+
+
+def _with_own(path: Path, guest: bytes) -> bytes:
+    """Let an overlay have a little of its own; return what the guest sees then."""
+    run("qemu-io", "-c", "write -P 65 3k 5k", "-c", "write -z 40k 1k", path)
+    own = bytearray(guest)
+    own[3 * KIB : 8 * KIB] = b"A" * 5 * KIB
+    own[40 * KIB : 41 * KIB] = bytes(KIB)
+    return bytes(own)
 
 
 def _pattern(size: int, chance: random.Random, *, dense: bool = False) -> bytes:

@@ -13,6 +13,7 @@ from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.entries import OWNED, WORD_MASK
 from nbdserve.formats.mapped.external import ExternalZeros
+from nbdserve.formats.mapped.pieces import Pieces
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.mapped.redo import RedoLog
 from nbdserve.formats.mapped.tables import Table, Tables
@@ -460,14 +461,14 @@ def added_subclusters_not_held(patch: Patch) -> None:
 
 def subclusters_not_filled(patch: Patch) -> None:
     """The place of a missing subcluster is taken to hold what it shows."""
-    pieces = Allocator._pieces
+    around = Pieces.around
 
-    async def new_pieces(self: Allocator, *what: Any) -> Any:
-        _, zeros = await pieces(self, *what)
+    async def new_around(self: Pieces, *what: Any) -> Any:
+        _, zeros = await around(self, *what)
         _, _, _, within, data = what
         return [(within, data)], zeros
 
-    patch.setattr(Allocator, "_pieces", new_pieces)
+    patch.setattr(Pieces, "around", new_around)
 
 
 def bitmaps_not_logged(patch: Patch) -> None:

@@ -141,6 +141,20 @@ def over(
     return Prepared(layers, bytes(model), folder, cluster_size_of(fmt, options))
 
 
+def over_with_snapshot(options: str, size: int, folder: Path) -> Prepared:
+    """An overlay of which a snapshot shares clusters that are there in part."""
+    prepared = over("qcow2", options, size, "raw", folder)
+    path = folder / "layer-1"
+    model = bytearray(prepared.model)
+    for number, command in enumerate(("write -P 0x21 50k 9k", "write -P 0x22 300k 2k")):
+        run("qemu-io", "-f", "qcow2", "-c", command, path)
+        offset, length = (50 * KIB, 9 * KIB) if not number else (300 * KIB, 2 * KIB)
+        model[offset : offset + length] = bytes([0x21 + number]) * length
+    run("qemu-img", "snapshot", "-c", SNAPSHOT, path)
+    layers = [Layer("qcow2", path.read_bytes()), *prepared.layers[1:]]
+    return Prepared(layers, bytes(model), folder, prepared.cluster_size, bytes(model))
+
+
 def with_snapshot(options: str, size: int, folder: Path) -> Prepared:
     """An image most of whose clusters and tables an internal snapshot shares."""
     data = bytearray(noise(size))
@@ -287,5 +301,6 @@ DISKS: dict[str, Build] = {
     "sub-zstd": partial(
         filled, "qcow2", "extended_l2=on,compression_type=zstd", ODD, compressed=True
     ),
+    "sub-over-snapshot": partial(over_with_snapshot, "extended_l2=on", ODD),
     "sub-snapshot": partial(with_snapshot, "extended_l2=on,cluster_size=32k", ODD),
 }

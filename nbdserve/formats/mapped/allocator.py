@@ -46,6 +46,7 @@ from nbdserve.formats.mapped.entries import (
 )
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts, Space
+from nbdserve.formats.mapped.pieces import Pieces
 from nbdserve.formats.mapped.pool import Grant
 from nbdserve.formats.mapped.read import Reader
 from nbdserve.formats.mapped.tables import Table, encode_entries
@@ -124,7 +125,7 @@ class Allocator:
         self._pins = parts.pins
         self._backing_size = parts.backing_size
         self._mapping = mapping
-        self._reader = reader
+        self._pieces = Pieces(parts.geometry, reader)
         self._pool = space.pool
         self._commit = space.commit
         self._prepare = space.prepare
@@ -364,10 +365,10 @@ class Allocator:
         """
         host_offset = table.words[index] & self._codec.l2_offset_mask
         # In those that are there others may be writing too: nothing is copied in them.
-        pieces, _ = await self._pieces(table, index, missing, within, data)
+        pieces, _ = await self._pieces.around(table, index, missing, within, data)
         bits = self._geometry.cluster_bits
         there = subclusters.touched(within, len(data), bits) & ~missing
-        pieces += self._parts_of(there, within, data)
+        pieces += self._pieces.parts_of(there, within, data)
         for start, piece in pieces:
             await self._put(host_offset + start, piece)
         bitmap = subclusters.with_allocated(table.entry(index) >> BITMAP_SHIFT, missing)
@@ -483,8 +484,8 @@ class Allocator:
             await self._put(host_offset + within, data)
             return
         table, index = allocation.table, allocation.index
-        wanted, allocation.bitmap = self._wanted(table, index, within, len(data))
-        pieces, zeros = await self._pieces(table, index, wanted, within, data)
+        wanted, allocation.bitmap = self._pieces.wanted(table, index, within, len(data))
+        pieces, zeros = await self._pieces.around(table, index, wanted, within, data)
         if zeros and not self._external:
             # Nothing but zeros was to be seen there: as good as a first write.
             pieces = [(within, data)]
@@ -492,78 +493,6 @@ class Allocator:
                 allocation.hold = False
         for start, piece in pieces:
             await self._put(host_offset + start, piece)
-
-    def _wanted(
-        self, table: Table, index: int, within: int, length: int
-    ) -> tuple[int, int]:
-        """Return which subclusters a new cluster must have, and the bitmap it will have."""
-        kind = table.kinds[index]
-        if table.bitmaps is None or kind in (COMPRESSED, SHARED):
-            return subclusters.ALL, subclusters.ALL
-        bitmap = table.bitmaps[index]
-        bits = self._geometry.cluster_bits
-        wanted = subclusters.touched(within, length, bits)
-        wanted |= subclusters.allocated(bitmap)
-        return wanted, subclusters.with_allocated(bitmap, wanted)
-
-    async def _pieces(
-        self, table: Table, index: int, wanted: int, within: int, data: memoryview
-    ) -> tuple[list[tuple[int, memoryview]], bool]:
-        """Return what subclusters have to hold: `data`, and around it what they show now.
-
-        Args:
-            table: With
-            index: the entry of the cluster, which may be another one.
-            wanted: Which subclusters, all those that `data` meets among them.
-            within: Where in the cluster `data` begins.
-            data: What is to be written.
-
-        Returns:
-            Where in the cluster to put what; and whether there was nothing to be seen
-            in those subclusters but zeros that need not be read.
-        """
-        bits = self._geometry.cluster_bits - subclusters.SUBCLUSTER_BITS
-        pieces: list[tuple[int, memoryview]] = []
-        zeros = True
-        for first, last in subclusters.runs(wanted):
-            start, stop = first << bits, last << bits
-            if within <= start and stop <= within + len(data):
-                # nothing of what is there stays
-                pieces.append((start, data[start - within : stop - within]))
-                zeros = False
-                continue
-            piece = memoryview(bytearray(stop - start))
-            zeros &= await self._read_old(table, index, start, piece)
-            for begin, part in self._parts_of((1 << last) - (1 << first), within, data):
-                piece[begin - start : begin - start + len(part)] = part
-            pieces.append((start, piece))
-        return pieces, zeros
-
-    def _parts_of(
-        self, mask: int, within: int, data: memoryview
-    ) -> list[tuple[int, memoryview]]:
-        """Return the parts of `data` in some subclusters, and where they begin."""
-        bits = self._geometry.cluster_bits - subclusters.SUBCLUSTER_BITS
-        parts: list[tuple[int, memoryview]] = []
-        for first, last in subclusters.runs(mask):
-            begin = max(first << bits, within)
-            end = min(last << bits, within + len(data))
-            if begin < end:
-                parts.append((begin, data[begin - within : end - within]))
-        return parts
-
-    async def _read_old(
-        self, table: Table, index: int, start: int, piece: memoryview
-    ) -> bool:
-        """Read a piece of a cluster as it was; return whether all of it is a hole."""
-        geometry = self._geometry
-        start += (table.number << geometry.table_bits) + (
-            index << geometry.cluster_bits
-        )
-        # past the end of the disk there are zeros
-        piece = piece[: max(geometry.size - start, 0)]
-        holes = await self._reader.read_into(start, piece) if piece else ()
-        return sum(length for _, length in holes) == len(piece)
 
     async def _put(self, host_offset: int, data: memoryview) -> None:
         """Write to a cluster that this operation holds."""
