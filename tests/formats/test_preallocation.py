@@ -168,6 +168,29 @@ def test_convert(tmp_path: Path, mode: str) -> None:
     run("qemu-img", "check", path)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_measure(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    source.write_bytes((bytes(MIB) + b"content" * 10_000).ljust(SIZE, b"\0"))
+    for words in (["--size", "10M"], [str(source)]):
+        assert image("measure", "--json", "--preallocation", mode, *words) == 0
+        theirs = json.loads(
+            run(
+                "qemu-img",
+                "measure",
+                "--output=json",
+                "-O",
+                "qcow2",
+                "-o",
+                f"preallocation={mode}",
+                *words,
+            )  # fmt: skip
+        )
+        ours = json.loads(capsys.readouterr().out)
+        assert ours["required"] == theirs["required"]
+        assert ours["fully-allocated"] == theirs["fully-allocated"]
+
+
 def test_what_is_not_possible(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

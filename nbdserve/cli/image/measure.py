@@ -95,7 +95,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
                 size,
                 options,
                 source=source,
-                preallocated=arguments.preallocation not in (None, "off"),
+                preallocated=arguments.preallocation in {"falloc", "full"},
             )
     if arguments.json:
         print(json.dumps(found.as_json(), indent=4))
