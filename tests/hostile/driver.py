@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Set as AbstractSet
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -82,10 +83,10 @@ class HarmError(AssertionError):
 
 
 @contextmanager
-def watched(folder: Path, forbidden: frozenset[str]) -> Iterator[None]:
+def watched(folder: Path, forbidden: AbstractSet[str]) -> Iterator[None]:
     """Let nothing but the files of a folder be opened."""
     WATCH.seen.clear()
-    WATCH.forbidden = forbidden
+    WATCH.forbidden = frozenset(forbidden)
     WATCH.folder = os.path.realpath(folder)
     try:
         yield

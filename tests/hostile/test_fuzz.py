@@ -15,13 +15,21 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from tests.hostile.driver import TRIED, Driver, bounded, watched
+from tests.hostile import driver
+from tests.hostile.driver import (
+    MOST_MEMORY,
+    TRIED,
+    Driver,
+    HarmError,
+    bounded,
+    watched,
+)
 from tests.hostile.found import FOUND
 from tests.hostile.mutations import Mutation, mutated, mutations
 from tests.hostile.specimens import DATA_FILE, NAMES, neighbours, specimen
 
 FULL = bool(os.environ.get("NBDSERVE_FULL"))
-EXAMPLES = 3000 if FULL else 20
+EXAMPLES = 500 if FULL else 20
 CANARY = "canary"
 
 SETTINGS = settings(
@@ -57,13 +65,30 @@ def drive_content(folder: Path, content: bytes) -> None:
     before = {each.name: each.read_bytes() for each in folder.iterdir()}
     path = folder / "image"
     path.write_bytes(content)
-    driver = Driver(path)
-    with bounded(), watched(folder, frozenset({CANARY, DATA_FILE})):
-        asyncio.run(driver.run())
+    work = Driver(path)
+    with bounded(), watched(folder, {CANARY, DATA_FILE}):
+        asyncio.run(work.run())
     TRIED["images"] += 1
-    TRIED["writable"] += driver.opened
+    TRIED["writable"] += work.opened
     path.unlink()
     assert {each.name: each.read_bytes() for each in folder.iterdir()} == before
+
+
+def test_harm_is_noticed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another file that is opened, memory, time, and an error that is none of ours."""
+    (folder / CANARY).touch()
+    for path in (Path("/etc/passwd"), folder / CANARY, folder.parent):
+        with pytest.raises(HarmError, match="opened"), watched(folder, {CANARY}):
+            os.close(os.open(path, os.O_RDONLY))
+    with pytest.raises(HarmError, match="memory"), bounded():
+        assert len(b"x" * (MOST_MEMORY + (8 << 20)))
+    monkeypatch.setattr(driver, "MOST_SECONDS", 0.0)
+    with pytest.raises(HarmError, match=r"took .* s"), bounded():
+        assert folder.exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(driver, "check_image", lambda path: {}[path])
+    with pytest.raises(KeyError):
+        drive(folder, "v3", [])
 
 
 @pytest.mark.parametrize("name", NAMES)
