@@ -263,9 +263,7 @@ def make(name: str, folder: Path) -> Image:
                 folder / "base.raw", folder / "base.qcow2")  # fmt: skip
             backing = ["-b", "base.qcow2", "-F", "qcow2"]
         run(*argv, *options, *backing, path, str(flavour.size))
-        guest = base.ljust(flavour.size, b"\0")
-        if flavour.filled:
-            guest = _with_own(path, guest)
+        guest = _with_own(flavour, path, base.ljust(flavour.size, b"\0"))
     elif flavour.filled:
         guest = _pattern(flavour.size, chance, dense=flavour.dense)
         raw = folder / "content.raw"
@@ -311,8 +309,10 @@ def _put_old_bytes(data: bytearray, guest: bytes, *, empty: bool) -> None:
             data[start : start + length] = (b"old bytes;" * 410)[:length]
 
 
-def _with_own(path: Path, guest: bytes) -> bytes:
-    """Let an overlay have a little of its own; return what the guest sees then."""
+def _with_own(flavour: Flavour, path: Path, guest: bytes) -> bytes:
+    """Let an overlay have a little of its own, if it shall; return what the guest sees."""
+    if not flavour.filled:
+        return guest
     run("qemu-io", "-c", "write -P 65 3k 5k", "-c", "write -z 40k 1k", path)
     own = bytearray(guest)
     own[3 * KIB : 8 * KIB] = b"A" * 5 * KIB
