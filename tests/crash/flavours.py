@@ -249,11 +249,7 @@ def make(name: str, folder: Path) -> Image:
     path = folder / "image"
     base = None
     argv: list[str | Path] = ["qemu-img", "create", "-q", "-f", flavour.format]
-    chosen = flavour.options
-    if flavour.external:
-        whole = "on" if flavour.raw else "off"
-        chosen += f",data_file={folder / DATA_FILE},data_file_raw={whole}"
-    options = ["-o", chosen] if chosen else []
+    options = _options(flavour, folder)
     if flavour.backing:
         base = _pattern(flavour.backing, chance)
         (folder / "base.raw").write_bytes(base)
@@ -292,13 +288,30 @@ def make(name: str, folder: Path) -> Image:
     if flavour.padding:
         os.truncate(path, flavour.padding)
     driver = Qcow1Driver() if flavour.format == "qcow" else Qcow2Driver()
-    content: bytes | bytearray = path.read_bytes()
-    if flavour.external:
-        content = Files(content)
-        content.external = bytearray((folder / DATA_FILE).read_bytes())
-        if not flavour.raw:
-            _put_old_bytes(content.external, guest, empty=not flavour.filled)
+    content = _content(flavour, folder, path, guest)
     return Image(flavour, folder, content, guest, base, driver)
+
+
+def _options(flavour: Flavour, folder: Path) -> list[str]:
+    """Return the options for qemu-img."""
+    chosen = flavour.options
+    if flavour.external:
+        whole = "on" if flavour.raw else "off"
+        chosen += f",data_file={folder / DATA_FILE},data_file_raw={whole}"
+    return ["-o", chosen] if chosen else []
+
+
+def _content(
+    flavour: Flavour, folder: Path, path: Path, guest: bytes
+) -> bytes | bytearray:
+    """Return the image file, with its data file if there is one."""
+    if not flavour.external:
+        return path.read_bytes()
+    content = Files(path.read_bytes())
+    content.external = bytearray((folder / DATA_FILE).read_bytes())
+    if not flavour.raw:
+        _put_old_bytes(content.external, guest, empty=not flavour.filled)
+    return content
 
 
 def _put_old_bytes(data: bytearray, guest: bytes, *, empty: bool) -> None:

@@ -174,18 +174,9 @@ def test_measure(tmp_path: Path, mode: str, capsys: pytest.CaptureFixture[str]) 
     source.write_bytes((bytes(MIB) + b"content" * 10_000).ljust(SIZE, b"\0"))
     for words in (["--size", "10M"], [str(source)]):
         assert image("measure", "--json", "--preallocation", mode, *words) == 0
-        theirs = json.loads(
-            run(
-                "qemu-img",
-                "measure",
-                "--output=json",
-                "-O",
-                "qcow2",
-                "-o",
-                f"preallocation={mode}",
-                *words,
-            )  # fmt: skip
-        )
+        options = f"preallocation={mode}"
+        argv = ["qemu-img", "measure", "--output=json", "-O", "qcow2", "-o", options]
+        theirs = json.loads(run(*argv, *words))
         ours = json.loads(capsys.readouterr().out)
         assert ours["required"] == theirs["required"]
         assert ours["fully-allocated"] == theirs["fully-allocated"]
