@@ -133,6 +133,11 @@ def prepare(kind: str, folder: Path) -> tuple[Path, str, bytearray]:
         path = folder / "disk.qcow2"
         run("qemu-img", "create", "-q", "-f", "qcow2", path, str(SIZE))
         return path, "qcow2", content
+    if kind == "data-file":
+        path = folder / "disk.qcow2"
+        options = f"data_file={folder / 'disk.data'}"
+        run("qemu-img", "create", "-q", "-f", "qcow2", "-o", options, path, str(SIZE))
+        return path, "qcow2", content
     generator = random.Random(11)
     content[: SIZE * 3 // 4] = generator.randbytes(SIZE * 3 // 4)
     base = folder / "base.raw"
@@ -151,6 +156,7 @@ def prepare(kind: str, folder: Path) -> tuple[Path, str, bytearray]:
     [
         *product(("fresh", "overlay", "overlay-qcow"), ("with state", "without state")),
         ("overlay-subclusters", "with state"),
+        ("data-file", "with state"),
     ],
 )
 def test_acknowledged_writes_survive(
@@ -168,6 +174,8 @@ def test_acknowledged_writes_survive(
         monkeypatch.setenv("container", "test")
         monkeypatch.delenv("RUNTIME_DIRECTORY", raising=False)
         monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    if kind == "data-file":
+        options += ["--allow-data-file", str(tmp_path)]
     for number in range(ROUNDS):
         server = nbdserve(
             path, tmp_path / f"run-{number}", transports=["unix"], options=options
