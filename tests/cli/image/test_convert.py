@@ -77,6 +77,9 @@ def sound(path: Path) -> None:
         "--compress zlib --refcount-bits 2",
         "--compress zstd --refcount-bits 64",
         "--preallocation falloc",
+        "--extended-l2",
+        "--extended-l2 --cluster-size 16K --compress zstd",
+        "--extended-l2 --preallocation metadata",
     ],
 )
 def test_qcow2_holds_what_the_source_holds(
@@ -116,12 +119,13 @@ def test_other_formats_are_as_sparse_as_the_source(
     assert copy.stat().st_blocks < disk.stat().st_blocks + 128
 
 
-@pytest.mark.parametrize("written_by", ["qcow", "qcow2", "compressed"])
+@pytest.mark.parametrize("written_by", ["qcow", "qcow2", "compressed", "extended"])
 def test_what_qemu_wrote_is_read(written_by: str, disk: Path, tmp_path: Path) -> None:
     source, copy = tmp_path / "source", tmp_path / "copy.qcow2"
-    options = (
-        ["-c", "-O", "qcow2"] if written_by == "compressed" else ["-O", written_by]
-    )
+    options = {
+        "compressed": ["-c", "-O", "qcow2"],
+        "extended": ["-O", "qcow2", "-o", "extended_l2=on"],
+    }.get(written_by, ["-O", written_by])
     run("qemu-img", "convert", *options, disk, source)
     assert main(["image", "convert", str(source), str(copy)]) == 0
     sound(copy)
@@ -135,6 +139,7 @@ def test_what_qemu_wrote_is_read(written_by: str, disk: Path, tmp_path: Path) ->
         "--format qcow2",
         "--format qcow2 --compat 2",
         "--format qcow2 --compress zlib --cluster-size 4K",
+        "--format qcow2 --extended-l2",
         "--format qcow",
     ],
 )
@@ -188,6 +193,8 @@ def test_nothing_is_overwritten(
         "--compress zlib --preallocation falloc",
         "--backing base.raw",
         "--cluster-size 1000",
+        "--extended-l2 --cluster-size 8K",
+        "--extended-l2 --format raw",
     ],
 )
 def test_impossible_choices_leave_nothing(
@@ -398,6 +405,11 @@ def test_compare_fails_with_2(
         ),
         ("--cluster-size 2M --compat 2", "-o cluster_size=2M,compat=0.10"),
         ("--preallocation falloc", "-o preallocation=falloc"),
+        ("--extended-l2", "-o extended_l2=on"),
+        (
+            "--extended-l2 --cluster-size 16K",
+            "-o extended_l2=on,cluster_size=16k",
+        ),
     ],
 )
 def test_measure_says_what_qemu_img_says(
