@@ -8,7 +8,7 @@ WORKDIR /src
 COPY pyproject.toml README.md LICENSE ./
 COPY nbdserve nbdserve
 RUN python -m venv /opt/nbdserve \
-    && /opt/nbdserve/bin/pip install --no-cache-dir . \
+    && /opt/nbdserve/bin/pip install --no-cache-dir '.[crypto]' \
     && /opt/nbdserve/bin/pip uninstall --yes pip
 
 FROM python:3.13-slim

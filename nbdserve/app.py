@@ -272,6 +272,11 @@ def _create(config: ServeConfig) -> bool:
     path = config.images[0].path
     if config.create_size is None or os.path.lexists(path):
         return False
+    if config.images[0].secret_files:
+        raise ConfigError(
+            f"{shown(path)}: --create would make an image that is not encrypted; use"
+            " nbdserve image create --encryption luks"
+        )
     from nbdserve.formats.create import create_image  # noqa: PLC0415
 
     create_image(path, config.create_size, format=config.images[0].format or "qcow2")

@@ -10,6 +10,7 @@ each consequence:
     └── ImageError           an image can't be used, or not any longer
         ├── ImageFormatError     not such an image, or a feature we don't know
         ├── ImageCorruptError    its metadata contradict themselves
+        ├── ImageLockedError     it is encrypted, and no passphrase opens it
         ├── ImageInUseError      another process has it open
         ├── BackingFileError     its backing file is missing or not allowed
         └── DataFileError        its external data file is missing or not allowed
@@ -55,6 +56,10 @@ class ImageFormatError(ImageError):
 
 class ImageCorruptError(ImageError):
     """An image's metadata contradict themselves or the specification."""
+
+
+class ImageLockedError(ImageError):
+    """An image is encrypted, and no passphrase at hand opens it."""
 
 
 class ImageInUseError(ImageError):

@@ -34,6 +34,7 @@ class BlockDevice(ABC):
     Attributes:
         size: Bytes of the disk as the guest sees it.
         read_only: Whether every changing call is refused.
+        minimum_block: Bytes; smaller requests are much more work. A power of two.
         preferred_block: Bytes; requests of this size and alignment are cheapest
             (a cluster or a page). A power of two.
         can_trim: Whether `trim` may give storage back.
@@ -43,6 +44,7 @@ class BlockDevice(ABC):
 
     size: int
     read_only: bool
+    minimum_block: int = 1
     preferred_block: int
     can_trim: bool
     can_fast_zero: bool

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
+from nbdserve.cli.secrets import define_secret_file
 from nbdserve.config.units import parse_size
 from nbdserve.errors import ConfigError
 
@@ -217,6 +218,7 @@ def _define_image_options(group: "argparse._ArgumentGroup") -> None:
         " existing one is never touched. SIZE in bytes, or with K, M, G, T",
     )
     define_allowed_files(group)
+    define_secret_file(group, "an image or of its backing files")
     group.add_argument(
         "--cache",
         metavar="writeback|writethrough",
@@ -311,6 +313,7 @@ def _images(arguments: argparse.Namespace) -> "list[ImageConfig]":
             cache=arguments.cache,
             allow_backing=tuple(arguments.allow_backing),
             allow_data_file=tuple(arguments.allow_data_file),
+            secret_files=tuple(arguments.secret_file),
             snapshot=arguments.snapshot,
             allocation_depth=arguments.allocation_depth,
             bitmaps=tuple(arguments.bitmap),

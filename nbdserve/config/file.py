@@ -59,6 +59,7 @@ class _Export(_Strict):
     cache: CacheMode = "writeback"
     allow_backing: list[str] = []
     allow_data_file: list[str] = []
+    secret_file: str | list[str] | None = None
     snapshot: str | None = None
     allocation_depth: bool = False
     bitmaps: list[str] = []
@@ -199,6 +200,7 @@ class _Reader:
                 cache=export.cache,
                 allow_backing=tuple(export.allow_backing),
                 allow_data_file=tuple(export.allow_data_file),
+                secret_files=tuple(_listed(export.secret_file)),
                 snapshot=export.snapshot,
                 allocation_depth=export.allocation_depth,
                 bitmaps=tuple(export.bitmaps),

@@ -145,6 +145,8 @@ class ImageConfig:
             it is durable.
         allow_backing: Folders whose files may back the image, besides its own.
         allow_data_file: External data files that may be opened, or their folders.
+        secret_files: Files that are passphrases of the image or its backing files, in
+            case they are encrypted.
         snapshot: Name or id of the internal snapshot to serve, read-only, instead of
             the active disk.
         allocation_depth: Whether clients can ask for qemu:allocation-depth.
@@ -169,6 +171,7 @@ class ImageConfig:
     cache: CacheMode = "writeback"
     allow_backing: tuple[str, ...] = ()
     allow_data_file: tuple[str, ...] = ()
+    secret_files: tuple[str, ...] = ()
     snapshot: str | None = None
     allocation_depth: bool = False
     bitmaps: tuple[str, ...] = ()

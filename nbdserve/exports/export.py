@@ -135,7 +135,9 @@ class Export:
             size=self.device.size,
             transmission_flags=int(self.transmission_flags(read_only=read_only)),
             description=self.description,
-            minimum_block=1,
+            minimum_block=self.device.minimum_block,
+            # smaller requests are slow, and work: not every client asks for this
+            only_whole_blocks=False,
             preferred_block=max(preferred, MIN_PREFERRED_BLOCK),
             maximum_payload=MAX_PAYLOAD,
             meta_contexts=tuple(self.contexts),

@@ -10,11 +10,13 @@ from nbdserve.config.model import ImageConfig
 from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.access import Policy
 from nbdserve.exports.export import Export
+from nbdserve.formats.crypto.secret import read_secrets
 from nbdserve.formats.open import open_image
 from nbdserve.formats.persistent_bitmaps import find_bitmap
 from nbdserve.formats.probe import probe_file
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.formats.scratch import open_scratch
+from nbdserve.storage.executor import run
 from nbdserve.storage.names import shown
 
 
@@ -28,6 +30,7 @@ async def open_export(
         ImageError: It can't be used.
     """
     guessed = await _is_guess(image)
+    secrets = await run(read_secrets, image.secret_files)
     if image.scratch is not None and not image.reads_only:
         device = await open_scratch(
             image.path,
@@ -35,6 +38,7 @@ async def open_export(
             format=image.format or "auto",
             allow_backing=image.allow_backing,
             allow_data_file=image.allow_data_file,
+            secrets=secrets,
         )
     else:
         device = await open_image(
@@ -43,6 +47,7 @@ async def open_export(
             read_only=image.reads_only,
             allow_backing=image.allow_backing,
             allow_data_file=image.allow_data_file,
+            secrets=secrets,
             cache=image.cache,
             state_dir=state_dir,
             snapshot=image.snapshot,

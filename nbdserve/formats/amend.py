@@ -4,6 +4,7 @@ import os
 from collections.abc import Sequence
 
 from nbdserve.errors import ConfigError, ImageError
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.open import open_image
 from nbdserve.formats.qcow2.amend import Amendment, judge_amendment
 from nbdserve.formats.qcow2.amend import amend_image as amend_qcow2
@@ -19,6 +20,7 @@ async def prepare_to_amend(
     allow_backing: Sequence[str] = (),
     allow_data_file: Sequence[str] = (),
     state_dir: str | None = None,
+    secrets: Sequence[Secret] = (),
 ) -> None:
     """Let an image have nothing that the version wanted does not know.
 
@@ -28,6 +30,7 @@ async def prepare_to_amend(
         allow_backing: Folders in which backing files may lie.
         allow_data_file: External data files that may be opened, or their folders.
         state_dir: Where a killed server may have left acknowledged writes.
+        secrets: Passphrases of encrypted images.
 
     Raises:
         ConfigError: The choices contradict each other, or it is no qcow2 image.
@@ -39,6 +42,7 @@ async def prepare_to_amend(
         allow_backing=allow_backing,
         allow_data_file=allow_data_file,
         state_dir=state_dir,
+        secrets=secrets,
     ) as image:
         if not isinstance(image, Qcow2Image):
             raise ConfigError(f"{shown(path)}: only qcow2 images can be amended")

@@ -87,6 +87,7 @@ async def commit_overlay(  # noqa: PLR0913 -- keywords, each with a default
             allow_backing=folders,
             allow_data_file=allow_data_file,
             state_dir=engine.state_dir,
+            secrets=engine.secrets,
         )
         try:
             if base.size < top.size:

@@ -13,6 +13,8 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.errors import ConfigError
 from nbdserve.formats.copy import Progress, copy_into_new
 from nbdserve.formats.create import create_image
+from nbdserve.formats.crypto.new_luks import NewLuks
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.open import open_image
 from nbdserve.formats.persistent_bitmaps import copy_bitmaps, judge_bitmaps
 from nbdserve.formats.qcow2.create import DEFAULT_CLUSTER_SIZE, Options
@@ -43,6 +45,7 @@ class Target:
         data_file: Name of an external data file; see `create_image`, as the rest.
         data_file_raw: Whether that is to be a raw image by itself.
         lazy_refcounts: Whether writers may put refcounts off.
+        encryption: The same.
     """
 
     format: str = "qcow2"
@@ -58,6 +61,7 @@ class Target:
     data_file: str | None = None
     data_file_raw: bool = False
     lazy_refcounts: bool | None = None
+    encryption: NewLuks | None = None
 
     def __post_init__(self) -> None:
         """Judge what `create_image` does not know.
@@ -85,6 +89,11 @@ class Target:
             raise ConfigError(
                 "an external data file has no compressed clusters: choose one of the two"
             )
+        if self.encryption is not None:
+            raise ConfigError(
+                "encrypted images are not compressed: choose one of encryption and"
+                " compression"
+            )
         if self.compression == "zstd" and self.compat == 2:
             raise ConfigError("compression zstd needs compat 3")
 
@@ -103,16 +112,18 @@ class Target:
             backing_format=self.backing_format if self.backing else None,
             extended_l2=self.extended_l2,
             lazy_refcounts=bool(self.lazy_refcounts),
+            encryption=self.encryption,
         )
 
 
-async def convert_to_file(
+async def convert_to_file(  # noqa: PLR0913 -- keywords, each with a default
     source: BlockDevice,
     path: str | os.PathLike[str],
     target: Target,
     *,
     allow_backing: Sequence[str | os.PathLike[str]] = (),
     allow_data_file: Sequence[str | os.PathLike[str]] = (),
+    secrets: Sequence[Secret] = (),
     progress: Progress,
 ) -> None:
     """Write what `source` holds to a new image at `path`; durable on return.
@@ -125,6 +136,7 @@ async def convert_to_file(
             may lie, besides its own.
         allow_data_file: External data files that the backing file and those below it
             may have, and folders in which these may lie.
+        secrets: Passphrases of the backing file of the new image, and its own.
         progress: Told how many bytes are done.
 
     Raises:
@@ -151,11 +163,12 @@ async def convert_to_file(
                             read_only=True,
                             allow_backing=folders,
                             allow_data_file=allow_data_file,
+                            secrets=secrets,
                         )
                     )
-                await _fill(source, temporary, target, backing, progress)
+                await _fill(source, temporary, target, backing, progress, secrets)
                 if target.bitmaps:
-                    await _copy_bitmaps(source, temporary, target)
+                    await _copy_bitmaps(source, temporary, target, secrets)
                 await run(publish, temporary, path)
                 made.pop_all()
     except FileExistsError as error:
@@ -180,6 +193,7 @@ def _create(path: str, size: int, target: Target) -> None:
         data_file=target.data_file,
         data_file_raw=target.data_file_raw,
         lazy_refcounts=target.lazy_refcounts,
+        encryption=target.encryption,
     )
 
 
@@ -199,6 +213,7 @@ async def _fill(
     target: Target,
     backing: BlockDevice | None,
     progress: Progress,
+    secrets: Sequence[Secret],
 ) -> None:
     """Write the disk's content into the empty image at `path`."""
     in_order = not target.preallocated and target.data_file is None
@@ -211,6 +226,7 @@ async def _fill(
         format=target.format,
         allow_backing=folders,
         allow_data_file=_data_files(path, target),
+        secrets=secrets,
     )
     try:
         await copy_into_new(source, image, backing=backing, progress=progress)
@@ -219,13 +235,16 @@ async def _fill(
         await image.close()
 
 
-async def _copy_bitmaps(source: BlockDevice, path: str, target: Target) -> None:
+async def _copy_bitmaps(
+    source: BlockDevice, path: str, target: Target, secrets: Sequence[Secret]
+) -> None:
     folders = _backing_folders(path, target)
     async with open_image(
         path,
         format="qcow2",
         allow_backing=folders,
         allow_data_file=_data_files(path, target),
+        secrets=secrets,
     ) as image:
         await copy_bitmaps(source, image)
 

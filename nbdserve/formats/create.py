@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from nbdserve.errors import ConfigError
+from nbdserve.formats.crypto.new_luks import NewLuks
 from nbdserve.formats.preallocation import MODES, take_space
 from nbdserve.formats.qcow1 import create as qcow1
 from nbdserve.formats.qcow2 import create as qcow2
@@ -39,6 +40,7 @@ class _Request:
     data_file: str | None
     data_file_raw: bool
     lazy_refcounts: bool | None
+    encryption: NewLuks | None
 
     @property
     def taken(self) -> str:
@@ -62,6 +64,7 @@ def create_image(  # noqa: PLR0913 - each is one option of the command line
     data_file_raw: bool = False,
     lazy_refcounts: bool | None = None,
     progress: Callable[[int], None] = lambda _: None,
+    encryption: NewLuks | None = None,
 ) -> None:
     """Make a new image; durable, and complete, when this returns.
 
@@ -85,6 +88,7 @@ def create_image(  # noqa: PLR0913 - each is one option of the command line
         data_file_raw: Whether that file is to be a raw image by itself, always.
         lazy_refcounts: Whether writers may put refcounts off (qemu does); qcow2 only.
         progress: Told how many bytes are preallocated; counts anew for each file.
+        encryption: See `new_luks`; qcow2 only.
 
     Raises:
         ConfigError: A choice is not possible, the file exists, the backing file
@@ -104,6 +108,7 @@ def create_image(  # noqa: PLR0913 - each is one option of the command line
         data_file=data_file,
         data_file_raw=data_file_raw,
         lazy_refcounts=lazy_refcounts,
+        encryption=encryption,
     )
     _judge(request)
     if backing is not None:
@@ -170,6 +175,7 @@ def _judge(request: _Request) -> None:
         ("extended L2", request.extended_l2 or None),
         ("a data file", request.data_file),
         ("lazy refcounts", request.lazy_refcounts),
+        ("encryption", request.encryption),
     ):
         if value is not None:
             raise ConfigError(f"{name} can be chosen for qcow2 only")
@@ -249,6 +255,7 @@ def _writer(
         ),
         data_raw=request.data_file_raw,
         lazy_refcounts=bool(request.lazy_refcounts),
+        encryption=request.encryption,
     )
     return lambda fd: qcow2.write_image(fd, request.size, options, progress)
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from nbdserve.errors import ImageCorruptError, ImageError, ImageFormatError
+from nbdserve.formats.crypto.luks import LENGTH as LUKS_LENGTH
+from nbdserve.formats.crypto.luks import KeySlot, parse_luks_header
 from nbdserve.formats.header_details import field_text, geometry, header_fields
 from nbdserve.formats.qcow1 import header as qcow1
 from nbdserve.formats.qcow2 import bitmap_directory, extensions
@@ -244,6 +246,11 @@ def _qcow2_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
         bitmaps = _bitmaps(fd, header)
     except ImageCorruptError as error:
         warnings.append(str(error))
+    encryption: dict[str, Any] = {}
+    try:
+        encryption = _encryption(fd, header)
+    except ImageError as error:
+        warnings.append(str(error))
     return replace(
         raw,
         format="qcow2",
@@ -255,12 +262,14 @@ def _qcow2_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:
         header=header_fields(header),
         backing_format=header.backing_format if header.backing_name else None,
         snapshots=tuple(snapshots),
-        specific=_specific(header, bitmaps),
+        specific=_specific(header, bitmaps, encryption),
         warnings=tuple(warnings),
     )
 
 
-def _specific(header: qcow2.Header, bitmaps: list[dict[str, Any]]) -> dict[str, Any]:
+def _specific(
+    header: qcow2.Header, bitmaps: list[dict[str, Any]], encryption: dict[str, Any]
+) -> dict[str, Any]:
     """Return the format-specific data, in qemu's order."""
     zstd = header.compression_type == qcow2.COMPRESSION_ZSTD
     specific: dict[str, Any] = {
@@ -274,7 +283,7 @@ def _specific(header: qcow2.Header, bitmaps: list[dict[str, Any]]) -> dict[str, 
     specific["refcount-bits"] = header.refcount_bits
     if header.crypt_method != qcow2.CRYPT_NONE:
         method = "aes" if header.crypt_method == qcow2.CRYPT_AES else "luks"
-        specific["encrypt"] = {"format": method}
+        specific["encrypt"] = encryption or {"format": method}
     if header.external_data:
         if header.data_file_name is not None:
             specific["data-file"] = header.data_file_name
@@ -285,6 +294,41 @@ def _specific(header: qcow2.Header, bitmaps: list[dict[str, Any]]) -> dict[str, 
         specific["corrupt"] = header.corrupt
         specific["extended-l2"] = header.extended_l2
     return specific
+
+
+def _encryption(fd: int, header: qcow2.Header) -> dict[str, Any]:
+    """Describe the LUKS header, if there is one, without opening it."""
+    if header.luks is None:
+        return {}
+    host_offset, length = header.luks
+    luks = parse_luks_header(_read(fd, host_offset, LUKS_LENGTH), length)
+    cipher = luks.cipher
+    # what it has no words for, it says nothing about
+    details = {
+        "ivgen-alg": cipher.iv_generator or "plain64",
+        "hash-alg": luks.hash_name,
+        "cipher-alg": cipher.algorithm,
+        "uuid": luks.uuid,
+        "ivgen-hash-alg": cipher.iv_hash,
+        "format": "luks",
+        "cipher-mode": cipher.mode,
+    }
+    return {
+        **{name: text for name, text in details.items() if text},
+        "slots": [_key_slot(slot) for slot in luks.slots],
+        "payload-offset": luks.length,
+        "master-key-iters": luks.digest_iterations,
+    }
+
+
+def _key_slot(slot: KeySlot) -> dict[str, Any]:
+    shown: dict[str, Any] = {"active": slot.active}
+    if slot.active:
+        shown["iters"] = slot.iterations
+    shown["key-offset"] = slot.offset
+    if slot.active:
+        shown["stripes"] = slot.stripes
+    return shown
 
 
 def _bitmaps(fd: int, header: qcow2.Header) -> list[dict[str, Any]]:

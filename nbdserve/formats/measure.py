@@ -51,6 +51,7 @@ async def measure_qcow2(
     *,
     source: BlockDevice | None = None,
     preallocated: bool = False,
+    luks_bytes: int = 0,
 ) -> Measurement:
     """Measure a qcow2 image, uncompressed.
 
@@ -59,6 +60,7 @@ async def measure_qcow2(
         options: Layout of the image.
         source: The disk that is to be converted; None is an empty one.
         preallocated: Whether all clusters will be allocated from the beginning.
+        luks_bytes: Of header and key material, if it will be encrypted.
 
     Raises:
         ConfigError: The disk is too large for its clusters.
@@ -69,6 +71,8 @@ async def measure_qcow2(
     options.l1_entries(size)
     data_clusters = -(-size // cluster_size)
     metadata = _metadata_clusters(data_clusters, options)
+    # qemu adds these to its sums, as if they needed no refcounts
+    metadata += -(-luks_bytes // cluster_size)
     used = 0
     if preallocated or (options.backing_name is not None and source is not None):
         # nobody knows how much the new backing file has in common with the source

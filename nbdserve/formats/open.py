@@ -20,6 +20,7 @@ from nbdserve.formats.chain import (
     Driver,
     open_chain,
 )
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
 from nbdserve.formats.qcow1.open import Qcow1Driver
 from nbdserve.formats.qcow2.image import Qcow2Image
@@ -123,6 +124,7 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
     lock: bool = True,
     state_dir: str | os.PathLike[str] | None = None,
     snapshot: str | None = None,
+    secrets: Sequence[Secret | bytes] = (),
 ) -> OpeningImage:
     """Open a disk image with its backing files.
 
@@ -145,6 +147,8 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
             one, such writes wait for the disk.
         snapshot: Name or id of an internal snapshot of a qcow2 image, whose disk to
             open instead of the active one; `read_only` only.
+        secrets: Passphrases of encrypted images, the backing files included; each is
+            tried on every one, which takes seconds.
 
     Raises:
         ConfigError: There is no such file, no permission, or an option is unknown.
@@ -167,6 +171,11 @@ def open_image(  # noqa: PLR0913 -- keywords, each with a default
             writethrough=cache == "writethrough",
             lock=lock,
         ),
-        EngineOptions(state_dir=Path(state_dir) if state_dir is not None else None),
+        EngineOptions(
+            state_dir=Path(state_dir) if state_dir is not None else None,
+            secrets=tuple(
+                each if isinstance(each, Secret) else Secret(each) for each in secrets
+            ),
+        ),
         snapshot,
     )

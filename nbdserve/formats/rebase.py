@@ -23,6 +23,7 @@ from nbdserve.formats.backing_change import (
 )
 from nbdserve.formats.chain import ChainOptions, backing_chain, find_backing
 from nbdserve.formats.copy import DEPTH, Progress
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.mapped.opening import DEFAULT_OPTIONS, EngineOptions
 from nbdserve.formats.open import drivers, open_image
 from nbdserve.formats.pipeline import in_order
@@ -103,7 +104,12 @@ async def rebase(  # noqa: PLR0913 -- keywords, each with a default
         new = None
         if backing is not None:
             new = await _open_new(
-                path, backing, backing_format, allow_backing, allow_data_file
+                path,
+                backing,
+                backing_format,
+                allow_backing,
+                allow_data_file,
+                engine.secrets,
             )
             stack.push_async_callback(new.close)
         overlay = await open_overlay(
@@ -115,7 +121,9 @@ async def rebase(  # noqa: PLR0913 -- keywords, each with a default
         stack.push_async_callback(overlay.storage.close)
         # Before the work rather than after it: is there room for the name?
         await plan_change(overlay, name, backing_format)
-        old = await _open_old(path, overlay, allow_backing, allow_data_file)
+        old = await _open_old(
+            path, overlay, allow_backing, allow_data_file, engine.secrets
+        )
         if old is not None:
             stack.push_async_callback(old.close)
         image = await open_disk(
@@ -133,6 +141,7 @@ async def _open_new(
     backing_format: str | None,
     allow_backing: Sequence[str | os.PathLike[str]],
     allow_data_file: Sequence[str | os.PathLike[str]],
+    secrets: Sequence[Secret],
 ) -> BlockDevice:
     """Open the new backing file, unless the image is part of its chain."""
     folder = os.path.dirname(os.fspath(path))
@@ -153,6 +162,7 @@ async def _open_new(
         read_only=True,
         allow_backing=folders,
         allow_data_file=allow_data_file,
+        secrets=secrets,
     )
 
 
@@ -165,6 +175,7 @@ async def _open_old(
     overlay: Overlay,
     allow_backing: Sequence[str | os.PathLike[str]],
     allow_data_file: Sequence[str | os.PathLike[str]],
+    secrets: Sequence[Secret],
 ) -> BlockDevice | None:
     if overlay.reference is None:
         return None
@@ -177,6 +188,7 @@ async def _open_old(
         read_only=True,
         allow_backing=folders,
         allow_data_file=allow_data_file,
+        secrets=secrets,
     )
 
 

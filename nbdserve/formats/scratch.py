@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.formats.create import create_image
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.open import open_image
 from nbdserve.formats.probe import probe_file
 from nbdserve.storage.executor import run
@@ -18,6 +19,7 @@ async def open_scratch(
     format: str = "auto",  # noqa: A002 -- as in `open_image`
     allow_backing: Sequence[str | os.PathLike[str]] = (),
     allow_data_file: Sequence[str | os.PathLike[str]] = (),
+    secrets: Sequence[Secret] = (),
 ) -> BlockDevice:
     """Open a temporary overlay of an image, which is not changed.
 
@@ -27,6 +29,7 @@ async def open_scratch(
         format: See `open_image`; raw as well for what has no magic.
         allow_backing: See `open_image`.
         allow_data_file: See `open_image`.
+        secrets: See `open_image`. The overlay is not encrypted.
 
     Raises:
         ConfigError: There is no such file, or no overlay can be made.
@@ -42,6 +45,7 @@ async def open_scratch(
         read_only=True,
         allow_backing=below,
         allow_data_file=allow_data_file,
+        secrets=secrets,
     ) as base:
         size = base.size
     with tempfile.TemporaryDirectory(dir=folder, prefix="nbdserve-") as scratch:
@@ -55,4 +59,5 @@ async def open_scratch(
             format="qcow2",
             allow_backing=below,
             allow_data_file=allow_data_file,
+            secrets=secrets,
         )

@@ -118,12 +118,13 @@ class Connection:
             on_progress=self._on_progress,
             log=log,
         )
+        told = negotiated.export
         self._facts = ExportFacts(
             size=negotiated.export.size,
             transmission_flags=negotiated.transmission_flags,
             structured=negotiated.structured,
             meta_contexts=len(negotiated.meta_contexts),
-            minimum_block=negotiated.export.minimum_block,
+            minimum_block=told.minimum_block if told.only_whole_blocks else 1,
             max_payload=negotiated.export.maximum_payload,
             extended=negotiated.extended,
         )

@@ -95,6 +95,7 @@ class ExportInfo:
             say: the handshake sets it where structured replies were negotiated.
         description: For a person; may be empty.
         minimum_block: Bytes, a power of two up to 65536.
+        only_whole_blocks: Whether anything smaller is refused.
         preferred_block: Bytes, a power of two.
         maximum_payload: Bytes of one READ or WRITE.
         meta_contexts: The names of all that a client can select.
@@ -105,6 +106,7 @@ class ExportInfo:
     transmission_flags: int
     description: str = ""
     minimum_block: int = 1
+    only_whole_blocks: bool = True
     preferred_block: int = 4096
     maximum_payload: int = MAX_PAYLOAD
     meta_contexts: tuple[str, ...] = ()
@@ -295,7 +297,11 @@ class ServerHandshake:
             self._outgoing += _EXPORT_NAME_REPLY.pack(export.size, flags)
             if not self._no_zeroes:
                 self._outgoing += bytes(EXPORT_NAME_ZEROES)
-        elif export.minimum_block > 1 and Info.BLOCK_SIZE not in ask.infos:
+        elif (
+            export.minimum_block > 1
+            and export.only_whole_blocks
+            and Info.BLOCK_SIZE not in ask.infos
+        ):
             # "SHOULD ensure it first sends an NBD_INFO_BLOCK_SIZE information reply"
             self._outgoing += _block_sizes(ask, export)
             text = f"requests have to be aligned to {export.minimum_block} bytes"

@@ -342,8 +342,8 @@ class Examiner:
             (image.folder / DATA_FILE).write_bytes(content.external)
         kind = image.flavour.format
         if kind == "qcow2":
-            _qemu_img("check", "-f", kind, path, expect=(0, 3))
-        _qemu_img("convert", "-f", kind, "-O", "raw", path, raw)
+            _qemu_img("check", *image.qemu(path), expect=(0, 3))
+        _qemu_img("convert", "-O", "raw", *image.qemu(path), raw)
         found = await self._read(await image.open(Disk(content)))
         # qemu rounds the size of a raw file up to sectors
         if raw.read_bytes()[: len(found)] != bytes(found):

@@ -13,10 +13,17 @@ from typing import Final
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
+from nbdserve.formats.create import create_image
+from nbdserve.formats.crypto.image_cipher import ImageCipher
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.mapped.image import MappedImage
+from nbdserve.formats.mapped.opening import EngineOptions
 from nbdserve.formats.qcow1.open import Qcow1Driver
+from nbdserve.formats.qcow2.header import Header
 from nbdserve.formats.qcow2.open import Qcow2Driver
+from nbdserve.storage.base import Storage
 from tests.crash.disk import Disk, Files
+from tests.helpers.encrypted import PASSPHRASE, quick_luks, secret_file
 from tests.helpers.tools import run
 
 KIB: Final = 1 << 10
@@ -44,6 +51,7 @@ class Flavour:
         external: Whether there is an external data file, with old bytes wherever the
             image does not say what is there.
         raw: Whether that is a raw image by itself.
+        encryption: luks, or aes for the legacy one.
     """
 
     format: str = "qcow2"
@@ -62,6 +70,7 @@ class Flavour:
     compacting: bool = False
     external: bool = False
     raw: bool = False
+    encryption: str = ""
 
 
 DATA_FILE: Final = "data.raw"
@@ -107,6 +116,10 @@ FLAVOURS: Final = {
     ),
     "v3-bitmaps": Flavour(options=_4K, filled=True, bitmaps=True),
     "v3-512-bitmaps": Flavour(options=_512, size=80 * KIB, bitmaps=True),
+    "v3-luks": Flavour(options=_4K, size=60 * KIB, encryption="luks"),
+    "v3-512-aes": Flavour(options=_512, size=60 * KIB, encryption="aes"),
+    "v2-backed-aes": Flavour(options=_V2, backing=70 * KIB + 512, encryption="aes"),
+    "v1-aes": Flavour(format="qcow", size=60 * KIB, encryption="aes"),
     "v3-backed-bitmaps": Flavour(options=_4K, backing=70 * KIB + 512, bitmaps=True),
     "v3-compacting": Flavour(
         options=_4K, size=200 * KIB, filled=True, holes=128 * KIB, compacting=True
@@ -159,6 +172,16 @@ FLAVOURS: Final = {
     "v3-data-raw": Flavour(options=_4K, external=True, raw=True, size=97 * KIB + 512),
     "sub-snapshot": Flavour(options=_SUB, backing=70 * KIB, filled=True, snapshot=True),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class _Unlocked(Qcow2Driver):
+    """Opens a LUKS image whose key is known: looking for it takes 30 ms."""
+
+    cipher: ImageCipher | None = None
+
+    async def _cipher(self, storage: Storage, header: Header) -> ImageCipher | None:
+        return self.cipher
 
 
 class Base(BlockDevice):
@@ -224,6 +247,14 @@ class Image:
     base: bytes | None = None
     _driver: Qcow1Driver | Qcow2Driver = field(default_factory=Qcow2Driver)
 
+    def qemu(self, path: Path) -> list[str]:
+        """Return how qemu's tools are told to open a state in this folder."""
+        kind = self.flavour.format
+        if not self.flavour.encryption:
+            return ["-f", kind, str(path)]
+        image = f"driver={kind},file.filename={path},encrypt.key-secret=s"
+        return [*_secret(self.folder), "--image-opts", image]
+
     async def open(self, disk: Disk) -> MappedImage:
         """Open for writing, with a pool small enough to run dry."""
         base = Base(self.base) if self.base is not None else None
@@ -247,6 +278,8 @@ def make(name: str, folder: Path) -> Image:
     flavour = FLAVOURS[name]
     chance = random.Random(name)
     path = folder / "image"
+    if flavour.encryption == "luks":
+        return _luks_image(flavour, folder, path)
     base = None
     argv: list[str | Path] = ["qemu-img", "create", "-q", "-f", flavour.format]
     options = _options(flavour, folder)
@@ -287,18 +320,27 @@ def make(name: str, folder: Path) -> Image:
         run("qemu-img", "bitmap", "--add", "-g", "512", path, "live")
     if flavour.padding:
         os.truncate(path, flavour.padding)
-    driver = Qcow1Driver() if flavour.format == "qcow" else Qcow2Driver()
+    driver = _driver(flavour)
     content = _content(flavour, folder, path, guest)
     return Image(flavour, folder, content, guest, base, driver)
 
 
 def _options(flavour: Flavour, folder: Path) -> list[str]:
-    """Return the options for qemu-img."""
-    chosen = flavour.options
+    """Return what qemu-img create is told of the layout."""
+    chosen, words = flavour.options, []
     if flavour.external:
         whole = "on" if flavour.raw else "off"
         chosen += f",data_file={folder / DATA_FILE},data_file_raw={whole}"
-    return ["-o", chosen] if chosen else []
+    if flavour.encryption == "aes":
+        words = _secret(folder)
+        chosen = f"{chosen},encrypt.format=aes,encrypt.key-secret=s".lstrip(",")
+    return [*words, "-o", chosen] if chosen else words
+
+
+def _driver(flavour: Flavour) -> Qcow1Driver | Qcow2Driver:
+    secrets = (Secret(PASSPHRASE),) if flavour.encryption else ()
+    engine = EngineOptions(secrets=secrets)
+    return Qcow1Driver(engine) if flavour.format == "qcow" else Qcow2Driver(engine)
 
 
 def _content(
@@ -331,6 +373,19 @@ def _with_own(flavour: Flavour, path: Path, guest: bytes) -> bytes:
     own[3 * KIB : 8 * KIB] = b"A" * 5 * KIB
     own[40 * KIB : 41 * KIB] = bytes(KIB)
     return bytes(own)
+
+
+def _luks_image(flavour: Flavour, folder: Path, path: Path) -> Image:
+    """Make an empty one, ours: qemu takes seconds for it."""
+    # 1 MiB of header and key material, instead of 2
+    luks = quick_luks("aes-128")
+    create_image(path, flavour.size, cluster_size=4096, encryption=luks)
+    driver = _Unlocked(cipher=luks.cipher())
+    return Image(flavour, folder, path.read_bytes(), bytes(flavour.size), None, driver)
+
+
+def _secret(folder: Path) -> list[str]:
+    return ["--object", f"secret,id=s,file={secret_file(folder)}"]
 
 
 def _pattern(size: int, chance: random.Random, *, dense: bool = False) -> bytes:

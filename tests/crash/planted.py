@@ -524,9 +524,32 @@ def data_file_punched_in_use(patch: Patch) -> None:
 
 
 _COPYING: Final = ("v3-backed", "v3-snapshot", "v3-compressed", "v3-data")
+
+
+def encrypted_link_at_once(patch: Patch) -> None:
+    """A first write to an encrypted image is linked before its cluster is durable."""
+    change = Committer.change
+
+    async def new_change(self: Committer, *words: Any, **how: Any) -> bool:
+        return await change(self, *words, **{**how, "hold": False})
+
+    patch.setattr(Committer, "change", new_change)
+
+
+def encrypted_cluster_in_part(patch: Patch) -> None:
+    """A first write to an encrypted image leaves the rest of the cluster as it was."""
+
+    def old_shows(self: Allocator, kind: int, cluster: int) -> bool:
+        return False
+
+    patch.setattr(Allocator, "_old_shows", old_shows)
+
+
 PLANTED: Final = {
     each.plant.__name__: each
     for each in (
+        Planted(encrypted_link_at_once, ("v3-luks", "v1-aes")),
+        Planted(encrypted_cluster_in_part, ("v3-luks", "v1-aes")),
         Planted(no_barrier_a, _COPYING),
         Planted(no_barrier_b, _COPYING),
         Planted(refcount_after_link, ("v3", "v2", "v3-512")),

@@ -49,6 +49,8 @@ FAULTS = {
         "v3-data",
         "v3-data-raw",
         "v3-bitmaps",
+        "v3-luks",
+        "v1-aes",
     ],
 )
 def test_each_call_fails(name: str, fault: str, image_of: MakeImage) -> None:

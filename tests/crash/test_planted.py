@@ -51,7 +51,9 @@ def test_planted_fault_is_found(
     pytest.fail(f"{name} is not found in {_SEEDS} runs of {planted.flavours}")
 
 
-@pytest.mark.parametrize("flavour", ["v3-filled", "v1", "v2", "v3-512-snapshot"])
+@pytest.mark.parametrize(
+    "flavour", ["v3-filled", "v1", "v2", "v3-512-snapshot", "v3-512-aes"]
+)
 def test_busy_runs_read_right(flavour: str, image_of: MakeImage) -> None:
     """Without a fault the many busy runs find nothing."""
     image = image_of(flavour)

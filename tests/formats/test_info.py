@@ -8,8 +8,13 @@ from typing import Any
 import pytest
 
 from nbdserve.errors import ImageCorruptError, ImageFormatError
+from nbdserve.formats.create import create_image
+from nbdserve.formats.crypto.keys import new_header
+from nbdserve.formats.crypto.luks import CipherSpec
+from nbdserve.formats.crypto.new_luks import NewLuks
 from nbdserve.formats.header_details import geometry
 from nbdserve.formats.info import human_size, image_info
+from tests.helpers.encrypted import create_luks
 from tests.helpers.engine import u32, u64
 from tests.helpers.tools import run
 
@@ -100,6 +105,35 @@ def test_encrypted_and_dirty_images_are_described(tmp_path: Path) -> None:
     assert info.as_json()["dirty-flag"] is True
     assert info.as_json()["format-specific"]["data"]["corrupt"] is True
     assert "cleanly shut down: no" in info.as_text()
+
+
+@pytest.mark.parametrize(
+    ("mode", "iv", "iv_hash", "length"),
+    [
+        ("xts", "plain64", "", 64),
+        ("xts", "plain", "", 32),
+        ("cbc", "essiv", "sha256", 32),
+        ("ecb", "", "", 16),
+    ],
+)
+def test_luks_headers_are_described(
+    tmp_path: Path, mode: str, iv: str, iv_hash: str, length: int
+) -> None:
+    path = tmp_path / "disk.qcow2"
+    cipher = CipherSpec("aes", mode, iv, iv_hash, length)
+    luks = NewLuks(*new_header(cipher, "sha256", b"secret", 1))
+    create_image(path, 1 << 20, encryption=luks)
+    assert_agree(path)
+
+
+def test_a_broken_luks_header_is_a_warning(tmp_path: Path) -> None:
+    path = tmp_path / "disk.qcow2"
+    create_luks(path, 1 << 20)
+    data = path.read_bytes()
+    path.write_bytes(data.replace(b"LUKS\xba\xbe", b"broken"))
+    info = image_info(path)
+    assert info.encrypted
+    assert "warning: the LUKS header has no magic" in info.as_text()
 
 
 def test_broken_tables_are_warnings(tmp_path: Path) -> None:

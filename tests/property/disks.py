@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from tests.helpers.encrypted import Qemu, create_luks
 from tests.helpers.engine import convert, make
 from tests.helpers.tools import run
 
@@ -39,6 +40,7 @@ class Prepared:
         snapshot: What the internal snapshot has, if there is one.
         data_file: What the external data file has, if there is one. qemu-img looks for
             it as `DATA_FILE` in the folder.
+        encrypted: Whether the top image is.
     """
 
     layers: list[Layer]
@@ -47,6 +49,7 @@ class Prepared:
     cluster_size: int
     snapshot: bytes | None = None
     data_file: bytes | None = None
+    encrypted: bool = False
 
 
 DATA_FILE = "data.raw"
@@ -203,6 +206,53 @@ def with_data_file(
     )
 
 
+def encrypted(
+    cluster_size: int,
+    folder: Path,
+    *,
+    compat: int = 3,
+    over: bool = False,
+    sub: bool = False,
+) -> Prepared:
+    """A LUKS image, perhaps over a raw file, perhaps with a snapshot."""
+    size = ODD
+    qemu = Qemu(folder / "luks")
+    create_luks(
+        qemu.path, size, compat=compat, cluster_size=cluster_size, extended_l2=sub
+    )
+    layers, model = [], bytearray(size)
+    snapshot = None
+    if over:
+        base = folder / "base"
+        base.write_bytes(noise(700 * KIB))
+        model[: 700 * KIB] = noise(700 * KIB)
+        words = ["-u", "-b", str(base), "-F", "raw", *qemu.object]
+        run("qemu-img", "rebase", *words, "--image-opts", qemu.options)
+        layers.append(Layer("raw", base.read_bytes()))
+    else:
+        qemu.io("write -P 7 10k 200k")
+        model[10 * KIB : 210 * KIB] = b"\7" * 200 * KIB
+        words = [*qemu.object, "--image-opts", qemu.options]
+        run("qemu-img", "snapshot", "-c", SNAPSHOT, *words)
+        snapshot = bytes(model)
+    layers.insert(0, Layer("qcow2", qemu.path.read_bytes()))
+    return Prepared(
+        layers, bytes(model), folder, cluster_size, snapshot, encrypted=True
+    )
+
+
+def legacy(fmt: str, options: str, folder: Path) -> Prepared:
+    """An image with the encryption of before LUKS."""
+    qemu = Qemu(folder / "aes", image_format=fmt)
+    qemu.create(ODD, "aes", options)
+    qemu.io("write -P 7 10k 200k")
+    model = bytearray(ODD)
+    model[10 * KIB : 210 * KIB] = b"\7" * 200 * KIB
+    layers = [Layer(fmt, qemu.path.read_bytes())]
+    cluster_size = cluster_size_of(fmt, options)
+    return Prepared(layers, bytes(model), folder, cluster_size, encrypted=True)
+
+
 ODD = MIB + 3 * 512
 
 DISKS: dict[str, Build] = {
@@ -271,6 +321,14 @@ DISKS: dict[str, Build] = {
     "data-file-over-raw": partial(with_data_file, "cluster_size=16k", ODD, below=True),
     "snapshot": partial(with_snapshot, "", ODD),
     "snapshot-512": partial(with_snapshot, "cluster_size=512", ODD),
+    "luks": partial(encrypted, 64 * KIB),
+    "luks-4k": partial(encrypted, 4 * KIB),
+    "luks-512-v2-over-shorter": partial(encrypted, 512, compat=2, over=True),
+    "luks-sub": partial(encrypted, 32 * KIB, sub=True),
+    "luks-sub-over-shorter": partial(encrypted, 32 * KIB, over=True, sub=True),
+    "luks-over-shorter": partial(encrypted, 64 * KIB, over=True),
+    "aes-4k": partial(legacy, "qcow2", "cluster_size=4k"),
+    "qcow-aes": partial(legacy, "qcow", ""),
     "snapshot-refcount-2": partial(
         with_snapshot, "cluster_size=4k,refcount_bits=2", ODD
     ),

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.formats.chain import driver_with
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.opening import EngineOptions
 from nbdserve.formats.mapped.redo import RedoLog
@@ -24,6 +25,7 @@ from nbdserve.formats.open import drivers
 from nbdserve.storage.base import Buffer, Storage
 from nbdserve.storage.faults import WrappedStorage
 from nbdserve.storage.memory import MemoryStorage
+from tests.helpers.encrypted import PASSPHRASE, Qemu
 from tests.helpers.tools import run
 from tests.property.disks import DATA_FILE, DISKS, SNAPSHOT, Prepared
 from tests.property.oracle import Operation, Oracle
@@ -65,7 +67,9 @@ class Example:
         self.data_file = prepared.data_file
         self.generator = random.Random(knobs.seed)
         self.options = EngineOptions(
-            table_cache=knobs.table_cache, commit_interval_s=knobs.commit_interval_s
+            table_cache=knobs.table_cache,
+            commit_interval_s=knobs.commit_interval_s,
+            secrets=(Secret(PASSPHRASE),) if prepared.encrypted else (),
         )
 
     async def run(self, sessions: list[list[list[Operation]]]) -> None:
@@ -162,6 +166,9 @@ class Example:
             (prepared.folder / DATA_FILE).write_bytes(self.data_file)
         expected = prepared.folder / "expected"
         expected.write_bytes(self.oracle.content)
+        if prepared.encrypted:
+            self.judge_encrypted(Qemu(path, image_format=fmt))
+            return
         run("qemu-img", "compare", "-f", fmt, "-F", "raw", path, expected)
         if fmt != "qcow2":
             return
@@ -174,6 +181,17 @@ class Example:
             run("qemu-img", "snapshot", "-a", SNAPSHOT, path)
             run("qemu-img", "compare", "-f", fmt, "-F", "raw", path, expected)
             run("qemu-img", "check", path)
+
+    def judge_encrypted(self, qemu: Qemu) -> None:
+        assert qemu.content() == self.oracle.content
+        if qemu.format != "qcow2":
+            return
+        qemu.check()
+        if self.prepared.snapshot is not None:
+            words = [*qemu.object, "--image-opts", qemu.options]
+            run("qemu-img", "snapshot", "-a", SNAPSHOT, *words)
+            assert qemu.content() == self.prepared.snapshot
+            qemu.check()
 
 
 class Knobs:

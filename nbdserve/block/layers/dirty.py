@@ -25,6 +25,7 @@ class DirtyTracking(BlockDevice):
         self._device = device
         self.size = device.size
         self.read_only = device.read_only
+        self.minimum_block = device.minimum_block
         self.preferred_block = device.preferred_block
         self.can_trim = device.can_trim
         self.can_fast_zero = device.can_fast_zero

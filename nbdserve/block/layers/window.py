@@ -43,6 +43,7 @@ class Window(BlockDevice):
         self._discard = discard
         self.size = device.size - offset
         self.read_only = device.read_only
+        self.minimum_block = device.minimum_block
         self.preferred_block = device.preferred_block
         self.can_trim = device.can_trim and discard
         self.can_fast_zero = device.can_fast_zero and discard

@@ -2,15 +2,25 @@
 
 import argparse
 import os
+from typing import TYPE_CHECKING
 
-from nbdserve.cli.parser import define_allowed_files, one_of
+from nbdserve.cli.parser import define_allowed_files, judged, one_of
+from nbdserve.cli.secrets import (
+    define_iter_time,
+    define_secret_file,
+    secrets_of,
+    whole_number,
+)
 from nbdserve.errors import ConfigError
+
+if TYPE_CHECKING:
+    from nbdserve.formats.crypto.key_slots import SlotChange
 
 TAKES = "PATH"
 
 DESCRIPTION = """\
-Change the version, the width of refcounts, lazy refcounts, or what is recorded of
-the external data file of a qcow2 image.
+Change the version, the width of refcounts, lazy refcounts, what is recorded of
+the external data file, or the passphrases of a qcow2 image.
 The disk stays the same. The image must not be served or used meanwhile. After
 a crash at any moment it is as before or as wanted; `nbdserve image check` may
 find leaks."""
@@ -19,7 +29,8 @@ EXAMPLES = """\
 examples:
   nbdserve image amend disk.qcow2 --compat 3
   nbdserve image amend disk.qcow2 --compat 2 --refcount-bits 16
-  nbdserve image amend disk.qcow2 --lazy-refcounts off"""
+  nbdserve image amend disk.qcow2 --lazy-refcounts off
+  nbdserve image amend disk.qcow2 --secret-file old --add-secret-file new"""
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +67,32 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="off: the data file need not be a raw image by itself any more",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
+
+    group = parser.add_argument_group("passphrases of a LUKS image")
+    group.add_argument(
+        "--add-secret-file",
+        metavar="FILE",
+        help="let this passphrase open it too, in the first free of 8 key slots",
+    )
+    group.add_argument(
+        "--slot",
+        metavar="N",
+        type=judged(whole_number),
+        help="in this key slot, 0 to 7",
+    )
+    define_iter_time(group)
+    group.add_argument(
+        "--remove-secret-file",
+        metavar="FILE",
+        help="empty the key slots that this passphrase opens, but never the last one",
+    )
+    group.add_argument(
+        "--remove-slot",
+        metavar="N",
+        type=judged(whole_number),
+        help="empty this key slot",
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,12 +118,17 @@ def run(arguments: argparse.Namespace) -> int:
         data_file=data_file,
         data_file_raw=None if raw is None else raw == "on",
     )
-    if wanted == Amendment():
+    change = _slot_change(arguments)
+    if wanted == Amendment() and not change.wanted:
         raise ConfigError(
-            "nothing to amend: say --compat, --refcount-bits, --lazy-refcounts or"
-            " --data-file"
+            "nothing to amend: say --compat, --refcount-bits, --lazy-refcounts,"
+            " --data-file, or what to do with passphrases"
         )
     with named_errors(arguments.path):
+        if change.wanted:
+            asyncio.run(_change_slots(arguments, change))
+        if wanted == Amendment():
+            return 0
         # a data file that has moved can't be opened, and need not
         if wanted.of_the_disk or left_a_log(arguments.path):
             asyncio.run(
@@ -95,8 +137,47 @@ def run(arguments: argparse.Namespace) -> int:
                     wanted,
                     allow_backing=arguments.allow_backing,
                     allow_data_file=arguments.allow_data_file,
+                    secrets=secrets_of(arguments),
                     state_dir=default_state_dir(os.environ),
                 )
             )
         amend_image(arguments.path, wanted)
     return 0
+
+
+def _slot_change(arguments: argparse.Namespace) -> "SlotChange":
+    """Return what is to become of the passphrases.
+
+    Raises:
+        ConfigError: The options contradict each other, or a file can't be read.
+    """
+    from nbdserve.formats.crypto.key_slots import SlotChange
+    from nbdserve.formats.crypto.new_luks import DEFAULT_ITER_TIME_MS
+    from nbdserve.formats.crypto.secret import read_secret
+
+    added, removed = arguments.add_secret_file, arguments.remove_secret_file
+    time_ms = arguments.iter_time
+    if added is None and time_ms is not None:
+        raise ConfigError("--iter-time is for --add-secret-file")
+    change = SlotChange(
+        add=None if added is None else read_secret(added),
+        slot=arguments.slot,
+        remove=None if removed is None else read_secret(removed),
+        remove_slot=arguments.remove_slot,
+        iter_time_ms=DEFAULT_ITER_TIME_MS if time_ms is None else time_ms,
+    )
+    change.judge()
+    return change
+
+
+async def _change_slots(arguments: argparse.Namespace, change: "SlotChange") -> None:
+    from nbdserve.cli.image.changing import as_qcow2, opened_to_change
+
+    async with opened_to_change(
+        arguments.path,
+        allow_backing=arguments.allow_backing,
+        allow_data_file=arguments.allow_data_file,
+        secrets=secrets_of(arguments),
+    ) as device:
+        image = as_qcow2(device, arguments.path, "have key slots")
+        await image.change_key_slots(change)

@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 from nbdserve.config.units import parse_size
 from nbdserve.errors import ConfigError
 
@@ -63,6 +64,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="merge: the image that has the other bitmaps",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -95,6 +97,7 @@ async def _change(arguments: argparse.Namespace) -> None:
         path,
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
+        secrets=secrets_of(arguments),
     ) as device:
         image = as_qcow2(device, path, "have persistent bitmaps")
         match arguments.verb:
@@ -128,6 +131,7 @@ async def _merge(image: "Qcow2Image", arguments: argparse.Namespace) -> None:
         image_format=None,
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
+        secrets=secrets_of(arguments),
     )
     try:
         other = as_qcow2(device, arguments.other, "have persistent bitmaps")

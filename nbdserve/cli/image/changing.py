@@ -12,6 +12,7 @@ from nbdserve.storage.names import shown
 
 if TYPE_CHECKING:
     from nbdserve.block.device import BlockDevice
+    from nbdserve.formats.crypto.secret import Secret
     from nbdserve.formats.qcow2.image import Qcow2Image
 
 
@@ -22,6 +23,7 @@ async def opened_to_change(
     image_format: str | None = None,
     allow_backing: Sequence[str] = (),
     allow_data_file: Sequence[str] = (),
+    secrets: "Sequence[Secret]" = (),
 ) -> AsyncIterator["BlockDevice"]:
     """Open an image that nobody else uses, and close it in the end.
 
@@ -40,6 +42,7 @@ async def opened_to_change(
         allow_backing=allow_backing,
         allow_data_file=allow_data_file,
         state_dir=default_state_dir(os.environ),
+        secrets=secrets,
     ) as device:
         for note in device.notes:
             print(f"nbdserve: {note}", file=sys.stderr)
@@ -59,7 +62,7 @@ def as_qcow2(device: "BlockDevice", path: str, what: str) -> "Qcow2Image":
     return device
 
 
-def link_leftovers(path: str) -> None:
+def link_leftovers(path: str, secrets: "Sequence[Secret]" = ()) -> None:
     """Link what a killed server had acknowledged and not linked, if it left a redo log.
 
     Raises:
@@ -78,7 +81,7 @@ def link_leftovers(path: str) -> None:
     import asyncio
 
     async def open_and_close() -> None:
-        async with opened_to_change(path):
+        async with opened_to_change(path, secrets=secrets):
             pass
 
     try:

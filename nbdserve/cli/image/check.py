@@ -7,6 +7,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from nbdserve.cli.parser import one_of
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 from nbdserve.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,6 +64,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="repair without asking, even if data are lost by it",
     )
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -106,7 +108,7 @@ def _repair(arguments: argparse.Namespace) -> int:
     with named_errors(path):
         # what a killed server had acknowledged would look like leaks
         if not arguments.force:
-            link_leftovers(path)
+            link_leftovers(path, secrets_of(arguments))
         repair = repair_image(
             path,
             everything=arguments.repair == "all",

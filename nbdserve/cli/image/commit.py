@@ -3,6 +3,7 @@
 import argparse
 
 from nbdserve.cli.parser import define_allowed_files, one_of
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 
 TAKES = "PATH"
 
@@ -39,6 +40,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="of the backing file, where the overlay does not say",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -68,7 +70,7 @@ async def _commit(arguments: argparse.Namespace) -> int:
             allow_backing=arguments.allow_backing,
             allow_data_file=arguments.allow_data_file,
             empty=not arguments.keep,
-            engine=engine_options(),
+            engine=engine_options(secrets_of(arguments)),
             progress=progress,
         )
     print(f"committed to {shown(target)}")

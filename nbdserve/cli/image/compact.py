@@ -5,6 +5,7 @@ import json
 import os
 from typing import TYPE_CHECKING
 
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 from nbdserve.config.units import format_size
 from nbdserve.errors import ConfigError, ImageCorruptError
 
@@ -37,6 +38,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         default=[],
         help="also open backing files below DIR, not only from the image's own folder",
     )
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -75,7 +77,11 @@ async def _compact(arguments: argparse.Namespace) -> int:
 
     path: str = arguments.path
     before = os.stat(path).st_size
-    async with opened_to_change(path, allow_backing=arguments.allow_backing) as device:
+    async with opened_to_change(
+        path,
+        allow_backing=arguments.allow_backing,
+        secrets=secrets_of(arguments),
+    ) as device:
         image = as_qcow2(device, path, "can be compacted")
         with growing_bar("compacting") as progress:
             done = await image.compact(progress=progress)

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from nbdserve.cli.parser import define_allowed_files, one_of
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 
 TAKES = "A B"
 
@@ -37,6 +38,7 @@ def define(parser: argparse.ArgumentParser) -> None:
             help=f"of {upper} (default: what its header says, else raw)",
         )
     define_allowed_files(parser)
+    define_secret_file(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -59,6 +61,7 @@ async def _compare(arguments: argparse.Namespace) -> int:
     from nbdserve.formats.compare import first_difference
 
     disks = []
+    secrets = secrets_of(arguments)
     async with AsyncExitStack() as stack:
         for name in ("a", "b"):
             disk = await open_source(
@@ -66,6 +69,7 @@ async def _compare(arguments: argparse.Namespace) -> int:
                 image_format=getattr(arguments, f"format_{name}"),
                 allow_backing=arguments.allow_backing,
                 allow_data_file=arguments.allow_data_file,
+                secrets=secrets,
             )
             stack.push_async_callback(disk.close)
             disks.append(disk)

@@ -10,6 +10,13 @@ from nbdserve.cli.image.layout import (
     lazy_refcounts,
 )
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
+from nbdserve.cli.secrets import (
+    define_encryption,
+    define_iter_time,
+    define_secret_file,
+    new_encryption,
+    secrets_of,
+)
 from nbdserve.config.units import parse_size
 
 if TYPE_CHECKING:
@@ -34,6 +41,7 @@ _LAYOUT = (
     "cluster_size",
     "compat",
     "compress",
+    "encryption",
     "preallocation",
     "data_file",
     "lazy_refcounts",
@@ -63,6 +71,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="of DST (default: qcow2, raw for a device or URI)",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
     define_layout(parser)
     parser.add_argument(
         "--compress",
@@ -74,6 +83,16 @@ def define(parser: argparse.ArgumentParser) -> None:
         "--bitmaps",
         action="store_true",
         help="copy the persistent bitmaps of SRC too (qcow2)",
+    )
+    group = parser.add_argument_group("encryption of DST")
+    define_encryption(group)
+    define_iter_time(group)
+    group.add_argument(
+        "--target-secret-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a file that is its passphrase, every byte of it",
     )
     group = parser.add_argument_group("backing file of DST")
     group.add_argument(
@@ -157,12 +176,18 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
     from nbdserve.cli.image.disks import open_source
     from nbdserve.cli.progress import progress_bar
     from nbdserve.formats.convert import Target, convert_to_file
+    from nbdserve.storage.executor import run as run_in_thread
 
+    secrets = secrets_of(arguments)
+    encryption = await run_in_thread(
+        new_encryption, arguments, arguments.target_secret_file, "--target-secret-file"
+    )
     source = await open_source(
         arguments.source,
         image_format=arguments.from_format,
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
+        secrets=secrets,
         snapshot=arguments.snapshot,
     )
     try:
@@ -184,6 +209,7 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
             data_file=arguments.data_file,
             data_file_raw=bool(arguments.data_file_raw),
             lazy_refcounts=lazy_refcounts(arguments),
+            encryption=encryption,
         )
         with progress_bar("converting", source.size) as progress:
             await convert_to_file(
@@ -192,6 +218,7 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
                 target,
                 allow_backing=arguments.allow_backing,
                 allow_data_file=arguments.allow_data_file,
+                secrets=secrets,
                 progress=progress,
             )
     finally:

@@ -11,6 +11,7 @@ from nbdserve.cli.image.layout import (
     lazy_refcounts,
 )
 from nbdserve.cli.parser import judged, one_of
+from nbdserve.cli.secrets import define_encryption, define_iter_time, new_encryption
 from nbdserve.config.units import parse_size
 
 TAKES = "PATH SIZE"
@@ -22,7 +23,8 @@ EXAMPLES = """\
 examples:
   nbdserve image create disk.qcow2 10G
   nbdserve image create overlay.qcow2 10G --backing base.qcow2 --backing-format qcow2
-  nbdserve image create disk.img 1T --format raw"""
+  nbdserve image create disk.img 1T --format raw
+  nbdserve image create disk.qcow2 10G --encryption luks --secret-file key.txt"""
 
 
 def define(parser: argparse.ArgumentParser) -> None:
@@ -83,6 +85,17 @@ def define(parser: argparse.ArgumentParser) -> None:
     define_preallocation(group)
     define_data_file(parser)
 
+    group = parser.add_argument_group("encryption")
+    define_encryption(group)
+    define_iter_time(group)
+    group.add_argument(
+        "--secret-file",
+        metavar="FILE",
+        action="append",
+        default=[],
+        help="a file that is the passphrase, every byte of it",
+    )
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Make the image; say nothing when it worked, as cp does."""
@@ -95,6 +108,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.backing and not arguments.backing_format:
         raise ConfigError("--backing needs --backing-format: raw, qcow or qcow2")
     judge_data_file(arguments)
+    encryption = new_encryption(arguments, arguments.secret_file, "--secret-file")
     # a long preallocation cleans up after itself
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(TERMINATED))
     compat, refcount_bits = arguments.compat, arguments.refcount_bits
@@ -114,6 +128,7 @@ def run(arguments: argparse.Namespace) -> int:
             data_file=arguments.data_file,
             data_file_raw=bool(arguments.data_file_raw),
             lazy_refcounts=lazy_refcounts(arguments),
+            encryption=encryption,
             progress=progress,
         )
     return 0

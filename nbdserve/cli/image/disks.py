@@ -12,6 +12,7 @@ from nbdserve.errors import ConfigError
 
 if TYPE_CHECKING:
     from nbdserve.block.device import BlockDevice
+    from nbdserve.formats.crypto.secret import Secret
     from nbdserve.formats.mapped.opening import EngineOptions
     from nbdserve.remote.disk import RemoteDisk
 
@@ -30,6 +31,7 @@ async def open_source(
     allow_backing: Sequence[str] = (),
     allow_data_file: Sequence[str] = (),
     snapshot: str | None = None,
+    secrets: "Sequence[Secret]" = (),
 ) -> "BlockDevice":
     """Open what is read; the caller closes it.
 
@@ -39,6 +41,7 @@ async def open_source(
         allow_backing: Folders in which backing files may lie.
         allow_data_file: External data files that may be opened, or their folders.
         snapshot: Of an internal one whose disk is meant, its name or id.
+        secrets: Passphrases of encrypted images.
 
     Raises:
         ConfigError: It can't be opened, or the server is not there.
@@ -48,7 +51,7 @@ async def open_source(
         from nbdserve.formats.open import open_image
 
         await _link_what_was_acknowledged(
-            text, image_format, allow_backing, allow_data_file
+            text, image_format, allow_backing, allow_data_file, secrets
         )
         return await open_image(
             text,
@@ -57,6 +60,7 @@ async def open_source(
             allow_backing=allow_backing,
             allow_data_file=allow_data_file,
             snapshot=snapshot,
+            secrets=secrets,
         )
     if image_format not in (None, "raw"):
         raise ConfigError(f"{text}: what a server exports is raw, not {image_format}")
@@ -70,6 +74,7 @@ async def _link_what_was_acknowledged(
     image_format: str | None,
     allow_backing: Sequence[str],
     allow_data_file: Sequence[str],
+    secrets: "Sequence[Secret]",
 ) -> None:
     """Link what a killed server had answered, so that it is read and not left out.
 
@@ -87,6 +92,7 @@ async def _link_what_was_acknowledged(
         allow_backing=allow_backing,
         allow_data_file=allow_data_file,
         state_dir=engine_options().state_dir,
+        secrets=secrets,
     ) as image:
         for note in image.notes:
             print(f"nbdserve: {note}", file=sys.stderr)
@@ -119,7 +125,7 @@ async def connect_to(text: str, *, read_only: bool) -> "RemoteDisk":
     return await connect(parse_uri(text), read_only=read_only)
 
 
-def engine_options() -> "EngineOptions":
+def engine_options(secrets: "Sequence[Secret]" = ()) -> "EngineOptions":
     """Return the options for images that a command changes.
 
     With the redo logs of this machine: what a killed server had acknowledged must not
@@ -129,7 +135,10 @@ def engine_options() -> "EngineOptions":
     from nbdserve.formats.mapped.opening import EngineOptions
 
     state_dir = default_state_dir(os.environ)
-    return EngineOptions(state_dir=None if state_dir is None else Path(state_dir))
+    return EngineOptions(
+        state_dir=None if state_dir is None else Path(state_dir),
+        secrets=tuple(secrets),
+    )
 
 
 def is_block_device(path: str) -> bool:

@@ -4,6 +4,7 @@ import argparse
 import json
 
 from nbdserve.cli.parser import define_allowed_files
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 
 TAKES = "PATH"
 
@@ -27,6 +28,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         " and holes too",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -50,6 +52,7 @@ async def _print_map(arguments: argparse.Namespace) -> None:
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
         lock=False,
+        secrets=secrets_of(arguments),
     ) as device:
         if arguments.json:
             separator = "["

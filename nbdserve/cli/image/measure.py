@@ -4,6 +4,12 @@ import argparse
 import json
 
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
+from nbdserve.cli.secrets import (
+    define_encryption,
+    define_secret_file,
+    judge_encryption,
+    secrets_of,
+)
 from nbdserve.config.units import parse_size
 
 TAKES = "[SRC]"
@@ -44,7 +50,9 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="of the new image (default: qcow2)",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
     define_layout(parser)
+    define_encryption(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -68,9 +76,11 @@ async def _measure(arguments: argparse.Namespace) -> int:
     from contextlib import AsyncExitStack
 
     from nbdserve.cli.image.disks import open_source
+    from nbdserve.formats.crypto.new_luks import DEFAULT_CIPHER, luks_bytes
     from nbdserve.formats.measure import measure_qcow2, measure_raw
     from nbdserve.formats.qcow2.create import DEFAULT_CLUSTER_SIZE, Options
 
+    encrypted = judge_encryption(arguments)
     options = Options(
         cluster_size=arguments.cluster_size or DEFAULT_CLUSTER_SIZE,
         version=int(arguments.compat or 3),
@@ -85,6 +95,7 @@ async def _measure(arguments: argparse.Namespace) -> int:
                 image_format=arguments.from_format,
                 allow_backing=arguments.allow_backing,
                 allow_data_file=arguments.allow_data_file,
+                secrets=secrets_of(arguments),
             )
             stack.push_async_callback(source.close)
         size = arguments.size if source is None else source.size
@@ -95,6 +106,9 @@ async def _measure(arguments: argparse.Namespace) -> int:
                 size,
                 options,
                 source=source,
+                luks_bytes=luks_bytes(arguments.cipher or DEFAULT_CIPHER)
+                if encrypted
+                else 0,
                 preallocated=arguments.preallocation in {"falloc", "full"},
             )
     if arguments.json:

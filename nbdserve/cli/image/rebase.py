@@ -3,6 +3,7 @@
 import argparse
 
 from nbdserve.cli.parser import define_allowed_files, one_of
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 
 TAKES = "PATH --backing NEW"
 
@@ -47,6 +48,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="of the image (default: what its header says)",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -69,7 +71,7 @@ async def _rebase(arguments: argparse.Namespace) -> int:
     from nbdserve.formats.info import image_info
     from nbdserve.formats.rebase import rebase, rebase_unsafely
 
-    engine = engine_options()
+    engine = engine_options(secrets_of(arguments))
     backing = arguments.backing or None
     if arguments.unsafe:
         await rebase_unsafely(

@@ -5,6 +5,7 @@ import re
 
 from nbdserve.cli.image.layout import define_preallocation
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 from nbdserve.config.units import parse_size
 
 TAKES = "PATH SIZE"
@@ -47,6 +48,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     )
     define_preallocation(parser)
     define_allowed_files(parser)
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -79,6 +81,7 @@ async def _resize(arguments: argparse.Namespace) -> int:
         image_format=image_format,
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
+        secrets=secrets_of(arguments),
     ) as device:
         if sign == "+":
             size = device.size + size

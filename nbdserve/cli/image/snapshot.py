@@ -4,6 +4,7 @@ import argparse
 import json
 
 from nbdserve.cli.parser import define_allowed_files, one_of
+from nbdserve.cli.secrets import define_secret_file, secrets_of
 from nbdserve.errors import ConfigError
 
 TAKES = "list|create|apply|delete PATH [NAME]"
@@ -48,6 +49,7 @@ def define(parser: argparse.ArgumentParser) -> None:
         help="list for programs, with the field names of qemu-img info",
     )
     define_allowed_files(parser)
+    define_secret_file(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -93,6 +95,7 @@ async def _change(arguments: argparse.Namespace) -> None:
         path,
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
+        secrets=secrets_of(arguments),
     ) as device:
         image = as_qcow2(device, path, "have internal snapshots")
         if arguments.verb == "create":

@@ -118,6 +118,8 @@ class Allocator:
         self._storage = parts.storage
         self._data = parts.data
         self._external = parts.external
+        self._parts = parts
+        self._cipher = parts.cipher
         self._geometry = parts.geometry
         self._codec = parts.codec
         self._tables = parts.tables
@@ -347,7 +349,7 @@ class Allocator:
             finally:
                 self.busy.leave(cluster)
         else:
-            await self._put(host_offset + within, data)
+            await self._put(guest_offset, host_offset + within, data)
             kind = table.kinds[index]
             survives = kind not in (UNPUBLISHED, SPLIT_UNPUBLISHED)
         if not survives:
@@ -369,8 +371,9 @@ class Allocator:
         bits = self._geometry.cluster_bits
         there = subclusters.touched(within, len(data), bits) & ~missing
         pieces += self._pieces.parts_of(there, within, data)
+        guest_offset = self._guest_offset(table, index)
         for start, piece in pieces:
-            await self._put(host_offset + start, piece)
+            await self._put(guest_offset + start, host_offset + start, piece)
         bitmap = subclusters.with_allocated(table.entry(index) >> BITMAP_SHIFT, missing)
         kind = OWNED if bitmap == subclusters.ALL else SPLIT_OWNED
         word = array("Q", [table.words[index]])
@@ -427,7 +430,8 @@ class Allocator:
 
     def _old_shows(self, kind: int, cluster: int) -> bool:
         """Return whether bytes other than zeros may show where a cluster is not written."""
-        if self._external:
+        if self._external or self._cipher is not None:
+            # what was never written would be decrypted, to noise
             return True
         if kind in (UNALLOCATED, SPLIT_UNPLACED):
             return cluster << self._geometry.cluster_bits < self._backing_size
@@ -480,26 +484,36 @@ class Allocator:
         """DATA_ALLOC: put the guest's bytes into the new clusters."""
         data, within = allocation.data, allocation.within
         host_offset = allocation.grant.host_offset
-        if not old_shows or not (within or len(data) % self._geometry.cluster_size):
-            await self._put(host_offset + within, data)
-            return
         table, index = allocation.table, allocation.index
+        guest_offset = self._guest_offset(table, index)
+        if not old_shows or not (within or len(data) % self._geometry.cluster_size):
+            await self._put(guest_offset + within, host_offset + within, data)
+            return
         wanted, allocation.bitmap = self._pieces.wanted(table, index, within, len(data))
         pieces, zeros = await self._pieces.around(table, index, wanted, within, data)
-        if zeros and not self._external:
+        if zeros and not self._external and self._cipher is None:
             # Nothing but zeros was to be seen there: as good as a first write.
             pieces = [(within, data)]
             if allocation.grant.durable:
                 allocation.hold = False
         for start, piece in pieces:
-            await self._put(host_offset + start, piece)
+            await self._put(guest_offset + start, host_offset + start, piece)
 
-    async def _put(self, host_offset: int, data: memoryview) -> None:
+    def _guest_offset(self, table: Table, index: int) -> int:
+        """Return where a cluster begins for the guest."""
+        geometry = self._geometry
+        return (table.number << geometry.table_bits) + (index << geometry.cluster_bits)
+
+    async def _put(self, guest_offset: int, host_offset: int, data: memoryview) -> None:
         """Write to a cluster that this operation holds."""
         if self._external:
             # its data file is as long as the disk
             data = data[: max(self._geometry.size - host_offset, 0)]
-        if not self._data.try_write(host_offset, data):
+        if self._cipher is not None:
+            await self._parts.put_encrypted(
+                self._cipher, guest_offset, host_offset, data
+            )
+        elif not self._data.try_write(host_offset, data):
             generation = self._pins.enter()
             try:
                 await self._data.write(host_offset, data)

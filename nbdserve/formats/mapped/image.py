@@ -9,8 +9,10 @@ from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
 from nbdserve.block.loan import Loan
 from nbdserve.errors import RequestError
+from nbdserve.formats.crypto.luks import SECTOR
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.discard import Discarder
+from nbdserve.formats.mapped.encrypted import SectorReader, SectorWriter
 from nbdserve.formats.mapped.entries import BITMAP_SHIFT, NORMAL, SPLIT, WORD_MASK
 from nbdserve.formats.mapped.inflate import Decompress, Inflater
 from nbdserve.formats.mapped.lend import Lender
@@ -56,6 +58,7 @@ class MappedImage(BlockDevice):
         geometry = parts.geometry
         self.size = geometry.size
         self.read_only = space is None
+        self.minimum_block = 1 if parts.cipher is None else SECTOR
         self.preferred_block = max(geometry.grain, 4096)
         self.can_trim = space is not None
         self.can_fast_zero = parts.codec.zero_entry is not None or not parts.backing
@@ -64,7 +67,11 @@ class MappedImage(BlockDevice):
         self._space = space
         self._mapping = Mapping(parts)
         self._inflater = Inflater(parts, decompress)
-        self._reader = Reader(parts, self._mapping, self._inflater)
+        self._reader = reader = Reader(parts, self._mapping, self._inflater)
+        encrypted = parts.cipher is not None
+        self._reads: Reader | SectorReader = (
+            SectorReader(reader) if encrypted else reader
+        )
         loans = space.pool.loans if space is not None else None
         self._lender = Lender(parts, self._mapping, loans)
         if space is not None:
@@ -77,8 +84,13 @@ class MappedImage(BlockDevice):
                 parts, self._mapping, self._allocator, self._writer, commit
             )
             # what carries out a guest's changes; a format may put something in front
-            self._writes: Writes = self._writer
-            self._discards: Discards = self._discarder
+            self._carriers: tuple[Writes, Discards] = self._writer, self._discarder
+            if encrypted:
+                sectors = SectorWriter(reader, self._writer, self._discarder)
+                self._carriers = sectors, sectors
+            self._writes: Writes
+            self._discards: Discards
+            self._writes, self._discards = self._carriers
 
     # Handing the coroutine on instead of awaiting it saves a frame on the hot path.
 
@@ -88,7 +100,7 @@ class MappedImage(BlockDevice):
         """See `BlockDevice.read_into`."""
         if offset < 0 or offset + len(buffer) > self.size:
             self.require_range(offset, len(buffer))
-        return self._reader.read_into(offset, buffer)
+        return self._reads.read_into(offset, buffer)
 
     def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
         """See `BlockDevice.lend`."""
@@ -144,10 +156,12 @@ class MappedImage(BlockDevice):
     ) -> list[Extent]:
         """See `BlockDevice.block_status`."""
         self.require_range(offset, length)
-        data = self._parts.data
-        holes = data if data.is_sparse(self._parts.geometry.cluster_size) else None
+        parts, holes = self._parts, None
+        # a hole of an encrypted image reads as noise
+        if parts.cipher is None and parts.data.is_sparse(parts.geometry.cluster_size):
+            holes = parts.data
         return await block_status(
-            self._mapping, self._parts.backing, offset, length, max_extents, holes
+            self._mapping, parts, offset, length, max_extents, holes
         )
 
     def hosts(self, links: list[Link]) -> list[int]:

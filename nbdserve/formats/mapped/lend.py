@@ -18,13 +18,14 @@ class Lender:
     def __init__(self, parts: Parts, mapping: Mapping, loans: Loans | None) -> None:
         """`loans` is None for an image that is read-only: then nothing is used again."""
         self._data = parts.data
+        self._encrypted = parts.cipher is not None
         self._backing = parts.backing
         self._mapping = mapping
         self._loans = loans
 
     def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
         """See `BlockDevice.lend`."""
-        if for_good and self._loans is not None:
+        if self._encrypted or (for_good and self._loans is not None):
             return None
         pieces: list[Piece] = []
         places: list[tuple[int, int]] = []

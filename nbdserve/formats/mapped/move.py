@@ -137,7 +137,7 @@ class Mover:
         try:
             # who writes in place goes on until here, and nobody begins
             await self._parts.pins.drained()
-            await self._copy(host_offset, grant)
+            await self._copy(guest_cluster, host_offset, grant)
             replaced = self._allocator.named(table, index, count)
             first = self._parts.codec.link(grant.host_offset)
             words = array("Q", range(first, first + count * size, size))
@@ -161,12 +161,21 @@ class Mover:
             for each in clusters:
                 busy.leave(each)
 
-    async def _copy(self, host_offset: int, grant: Grant) -> None:
+    async def _copy(self, guest_cluster: int, host_offset: int, grant: Grant) -> None:
         """Copy clusters, but for those that are zeros, as the new ones are."""
         size = self._geometry.cluster_size
         data = memoryview(bytearray(grant.clusters * size))
         if not self._data.try_read(host_offset, data):
             await self._data.read(host_offset, data)
+        cipher = self._parts.cipher
+        if cipher is not None:
+            # the same bytes are encrypted in another way at another place
+            guest_offset = guest_cluster << self._geometry.cluster_bits
+            await cipher.decrypt(data, guest_offset, host_offset)
+            await self._parts.put_encrypted(
+                cipher, guest_offset, grant.host_offset, data
+            )
+            return
         zeros = bytes(size)
         first = 0
         for each in range(0, len(data) + size, size):

@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from nbdserve.formats.crypto.secret import Secret
 from nbdserve.formats.mapped.geometry import Geometry
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.redo import RedoLog, read_leftover, redo_path
@@ -25,11 +26,13 @@ class EngineOptions:
         commit_interval_s: How long a write that had to copy may wait for a flush. Each
             commit writes out all that is dirty, so that a stream of such writes
             goes at the speed of the disk: 5 s is what ext4 itself waits.
+        secrets: Passphrases of encrypted images; each is tried on every one.
     """
 
     state_dir: Path | None = None
     table_cache: int = 32 << 20
     commit_interval_s: float = 5.0
+    secrets: tuple[Secret, ...] = ()
 
 
 DEFAULT_OPTIONS = EngineOptions()

@@ -4,6 +4,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from nbdserve.block.device import BlockDevice
+from nbdserve.formats.crypto.image_cipher import ImageCipher
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.entries import EntryCodec
 from nbdserve.formats.mapped.gate import Gate
@@ -11,7 +12,7 @@ from nbdserve.formats.mapped.geometry import Geometry
 from nbdserve.formats.mapped.pool import Pool
 from nbdserve.formats.mapped.tables import Tables
 from nbdserve.formats.mapped.waits import Pins
-from nbdserve.storage.base import Storage
+from nbdserve.storage.base import Buffer, Storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +29,7 @@ class Parts:
         pins: Input and output under way.
         backing: The disk below, if there is one.
         raw: Whether `data`, a file of its own, has to be what the guest sees by itself.
+        cipher: What plain clusters are encrypted with; None if they are not.
         gate: Passed by everything that changes the mapping.
     """
 
@@ -39,7 +41,23 @@ class Parts:
     pins: Pins
     backing: BlockDevice | None
     raw: bool = False
+    cipher: ImageCipher | None = None
     gate: Gate = field(default_factory=Gate)
+
+    async def put_encrypted(
+        self, cipher: ImageCipher, guest_offset: int, host_offset: int, data: Buffer
+    ) -> None:
+        """Encrypt and write sectors of a cluster that the caller may write to.
+
+        Encrypting may take a while, in which nobody may use the cluster for something
+        else.
+        """
+        generation = self.pins.enter()
+        try:
+            encrypted = await cipher.encrypt(data, guest_offset, host_offset)
+            await self.data.put(host_offset, encrypted)
+        finally:
+            self.pins.leave(generation)
 
     @property
     def external(self) -> bool:

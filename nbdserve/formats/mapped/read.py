@@ -36,6 +36,7 @@ class Reader:
         """Join the parts."""
         geometry = parts.geometry
         self._data = parts.data
+        self._cipher = parts.cipher
         self._codec = parts.codec
         self._cached = parts.tables.cached
         self._l1 = parts.tables.l1
@@ -64,6 +65,8 @@ class Reader:
                 host_offset = (table.words[index] & self._offset_mask) + within
                 if not self._data.try_read(host_offset, buffer):
                     await self._read_slowly(host_offset, buffer)
+                if self._cipher is not None:
+                    await self._cipher.decrypt(buffer, offset, host_offset)
                 return ()
         else:
             kind = UNKNOWN if self._l1.words[number] else UNALLOCATED
@@ -83,6 +86,9 @@ class Reader:
             if run.kind >= NORMAL:
                 if not self._data.try_read(run.host_offset, piece):
                     await self._read_slowly(run.host_offset, piece)
+                if self._cipher is not None:
+                    guest_offset = offset + position
+                    await self._cipher.decrypt(piece, guest_offset, run.host_offset)
             else:
                 for start, size in await self._read_other(
                     run, offset + position, piece

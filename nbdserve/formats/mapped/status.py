@@ -9,6 +9,7 @@ from nbdserve.formats.mapped.entries import (
     UNALLOCATED,
 )
 from nbdserve.formats.mapped.mapping import Mapping, Run
+from nbdserve.formats.mapped.parts import Parts
 from nbdserve.storage.base import Storage
 
 #: Extents collected before neighbours are joined.
@@ -17,7 +18,7 @@ _BATCH = 1024
 
 async def block_status(
     mapping: Mapping,
-    backing: BlockDevice | None,
+    parts: Parts,
     offset: int,
     length: int,
     max_extents: int,
@@ -34,7 +35,7 @@ async def block_status(
         batch: list[Extent] = []
         while position < end and len(batch) < _BATCH:
             for extent in await _piece(
-                mapping, backing, position, end, max_extents, holes
+                mapping, parts, position, end, max_extents, holes
             ):
                 batch.append(extent)
                 position += extent.length
@@ -45,7 +46,7 @@ async def block_status(
 
 async def _piece(
     mapping: Mapping,
-    backing: BlockDevice | None,
+    parts: Parts,
     position: int,
     end: int,
     max_extents: int,
@@ -56,15 +57,18 @@ async def _piece(
     if run.kind >= NORMAL and holes is not None:
         return await _mapped(holes, run, max_extents)
     if run.kind >= NORMAL:
-        return [Extent(run.length, data=True, zero=False, offset=run.host_offset)]
+        # as encrypted, the bytes of the file are not those of the disk
+        offset = run.host_offset if parts.cipher is None else None
+        return [Extent(run.length, data=True, zero=False, offset=offset)]
     if run.kind == UNALLOCATED:
-        return await _below(backing, position, run.length, max_extents)
+        return await _below(parts.backing, position, run.length, max_extents)
     if run.kind == COMPRESSED:
         return [Extent(run.length, data=True, zero=False, compressed=True)]
     if run.kind == BAD:
         raise mapping.corrupt(position, run.word, "is not valid")
     # a cluster that is kept behind zeros has its place in the file
-    return [Extent(run.length, data=False, zero=True, offset=run.host_offset or None)]
+    offset = run.host_offset if parts.cipher is None else None
+    return [Extent(run.length, data=False, zero=True, offset=offset or None)]
 
 
 async def _mapped(holes: Storage, run: Run, max_extents: int) -> list[Extent]:

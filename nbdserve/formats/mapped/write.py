@@ -17,6 +17,8 @@ class Writer:
         """Join the parts."""
         geometry = parts.geometry
         self._data = parts.data
+        self._parts = parts
+        self._cipher = parts.cipher
         self._cached = parts.tables.cached
         self._mapping = mapping
         self._allocator = allocator
@@ -52,7 +54,11 @@ class Writer:
                     done = len(view)
                 host_offset = (table.words[index] & self._offset_mask) + within
                 piece = view if done == len(view) else view[:done]
-                if not self._data.try_write(host_offset, piece):
+                if self._cipher is not None:
+                    await self._parts.put_encrypted(
+                        self._cipher, offset, host_offset, piece
+                    )
+                elif not self._data.try_write(host_offset, piece):
                     await self._write_slowly(host_offset, piece)
             if done == len(view):
                 break

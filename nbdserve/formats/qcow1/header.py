@@ -210,16 +210,6 @@ def _check_l1(header: Header, file_size: int) -> None:
         )
 
 
-def require_supported(header: Header) -> None:
-    """Refuse what the format allows and this engine does not serve.
-
-    Raises:
-        ImageFormatError: The image is encrypted.
-    """
-    if header.crypt_method != CRYPT_NONE:
-        raise ImageFormatError("not supported by nbdserve: AES encryption")
-
-
 def encode_header(header: Header) -> bytes:
     """Return the file's beginning for `header`.
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from nbdserve.block.device import BlockDevice
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.chain import BackingReference
+from nbdserve.formats.crypto.unlock import legacy_cipher
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.geometry import Geometry
 from nbdserve.formats.mapped.image import MappedImage
@@ -24,11 +25,11 @@ from nbdserve.formats.mapped.waits import Pins
 from nbdserve.formats.qcow1.check import unnamed_clusters
 from nbdserve.formats.qcow1.entries import Qcow1Entries
 from nbdserve.formats.qcow1.header import (
+    CRYPT_AES,
     LENGTH,
     Header,
     header_bytes_needed,
     parse_header,
-    require_supported,
 )
 from nbdserve.formats.qcow1.space import UncountedPool
 from nbdserve.storage.base import Storage
@@ -71,7 +72,9 @@ class Qcow1Driver:
     ) -> BlockDevice:
         """Open an image; on success it owns `storage` and `backing`."""
         header = await read_header(storage)
-        require_supported(header)
+        cipher = None
+        if header.crypt_method == CRYPT_AES:
+            cipher = legacy_cipher(storage, self.options.secrets)
         geometry = Geometry(
             header.disk_size,
             header.cluster_bits,
@@ -97,7 +100,9 @@ class Qcow1Driver:
         codec = Qcow1Entries(header.cluster_bits)
         limit = self.options.table_cache
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
-        parts = Parts(storage, storage, geometry, codec, tables, pins, backing)
+        parts = Parts(
+            storage, storage, geometry, codec, tables, pins, backing, cipher=cipher
+        )
         image = MappedImage(parts, inflate, space)
         if not read_only:
             state_dir = self.options.state_dir

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from nbdserve.errors import ConfigError, ImageFormatError
+from nbdserve.formats.crypto.new_luks import NewLuks
 from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.mapped.tables import encode_entries, encode_words
 from nbdserve.formats.preallocation import MODES, take_space
@@ -20,12 +21,16 @@ from nbdserve.formats.qcow2.extensions import (
     EXTENSION_BACKING_FORMAT,
     EXTENSION_DATA_FILE,
     EXTENSION_FEATURE_NAMES,
+    EXTENSION_LUKS,
     Extensions,
     encode_feature_names,
+    encode_luks_extension,
 )
 from nbdserve.formats.qcow2.header import (
     AUTOCLEAR_DATA_FILE_RAW,
     COMPATIBLE_LAZY_REFCOUNTS,
+    CRYPT_LUKS,
+    CRYPT_NONE,
     CURRENT_LENGTH,
     INCOMPATIBLE_DATA_FILE,
     INCOMPATIBLE_EXTENDED_L2,
@@ -66,6 +71,7 @@ class Options:
         data_raw: Whether that is to be a raw image by itself; then every
             cluster gets its place as well.
         lazy_refcounts: Whether writers may put refcounts off.
+        encryption: The LUKS header that it gets, if guest data are to be encrypted.
     """
 
     cluster_size: int = DEFAULT_CLUSTER_SIZE
@@ -78,6 +84,7 @@ class Options:
     data_name: bytes | None = None
     data_raw: bool = False
     lazy_refcounts: bool = False
+    encryption: NewLuks | None = None
 
     def __post_init__(self) -> None:
         """Judge every choice.
@@ -104,6 +111,7 @@ class Options:
                 f" {1 << MIN_EXTENDED_L2_CLUSTER_BITS} (16K)"
             )
         self._judge_preallocation()
+        self._judge_encryption()
         if self.backing_name is not None and self.data_raw:
             raise ConfigError(
                 "a raw data file is all of the disk, so there can't be a backing file"
@@ -116,6 +124,19 @@ class Options:
             raise ConfigError(
                 f"the backing file name has {len(self.backing_name or b'')} bytes: at"
                 f" most {MAX_BACKING_NAME}"
+            )
+
+    def _judge_encryption(self) -> None:
+        if self.encryption is None:
+            return
+        if self.data_name is not None:
+            raise ConfigError(
+                "an external data file is not encrypted: choose one of the two"
+            )
+        if self.maps_all:
+            raise ConfigError(
+                "preallocated clusters of an encrypted image would read as noise: choose"
+                " one of encryption and preallocation"
             )
 
     def _judge_preallocation(self) -> None:
@@ -157,13 +178,20 @@ class Options:
             AUTOCLEAR_DATA_FILE_RAW if self.data_raw else 0,
         )
 
-    def extensions(self) -> Extensions:
-        """Return the header extensions, in the order of qemu."""
+    def extensions(self, luks_offset: int) -> Extensions:
+        """Return the header extensions, in the order of qemu.
+
+        Args:
+            luks_offset: Where the LUKS header lies, if there is one.
+        """
         found: list[tuple[int, bytes]] = []
         if self.backing_format is not None:
             found.append((EXTENSION_BACKING_FORMAT, self.backing_format.encode()))
         if self.data_name is not None:
             found.append((EXTENSION_DATA_FILE, self.data_name))
+        if self.encryption is not None:
+            luks = encode_luks_extension(luks_offset, self.encryption.length)
+            found.append((EXTENSION_LUKS, luks))
         if self.version > 2 and self.cluster_size > _NO_FEATURE_NAMES_UP_TO:
             found.append((EXTENSION_FEATURE_NAMES, encode_feature_names()))
         return tuple(found)
@@ -200,13 +228,18 @@ class _Layout:
     refcount_table: int
     refcount_blocks: int
     l1: int
+    luks: int
     l2: int
     data: int
     mapped: int
 
     @property
+    def before_luks(self) -> int:
+        return 1 + self.refcount_table + self.refcount_blocks + self.l1
+
+    @property
     def metadata(self) -> int:
-        return 1 + self.refcount_table + self.refcount_blocks + self.l1 + self.l2
+        return self.before_luks + self.luks + self.l2
 
     @property
     def total(self) -> int:
@@ -224,11 +257,14 @@ def _lay_out(size: int, options: Options) -> _Layout:
     l2 = l1_entries if options.maps_all else 0
     mapped = _ceil_div(size, cluster_size) if options.maps_all else 0
     data = mapped if options.data_name is None else 0
+    luks = (
+        _ceil_div(options.encryption.length, cluster_size) if options.encryption else 0
+    )
     block_entries = cluster_size * 8 // options.refcount_bits
     table = blocks = 1
     # Both cover themselves too: repeat until nothing grows.
     while True:
-        layout = _Layout(table, blocks, l1, l2, data, mapped)
+        layout = _Layout(table, blocks, l1, luks, l2, data, mapped)
         blocks = _ceil_div(layout.total, block_entries)
         table = _ceil_div(blocks * 8, cluster_size)
         if (table, blocks) == (layout.refcount_table, layout.refcount_blocks):
@@ -277,6 +313,9 @@ def write_image(
         fd, header.refcount_table_offset, blocks_offset, layout.refcount_blocks, header
     )
     _write_refcounts(fd, blocks_offset, layout.total, options)
+    if options.encryption is not None:
+        luks_offset = layout.before_luks * cluster_size
+        _write_all(fd, options.encryption.encode(), luks_offset)
     if layout.mapped:
         l2_offset = (layout.metadata - layout.l2) * cluster_size
         data_offset = layout.metadata * cluster_size if layout.data else 0
@@ -294,6 +333,7 @@ def _header(size: int, options: Options, layout: _Layout) -> Header:
     cluster_size = options.cluster_size
     cluster_bits = cluster_size.bit_length() - 1
     incompatible, compatible, autoclear = options.features()
+    luks_offset = layout.before_luks * cluster_size
     l1_clusters_before = 1 + layout.refcount_table + layout.refcount_blocks
     return Header(
         version=options.version,
@@ -309,7 +349,8 @@ def _header(size: int, options: Options, layout: _Layout) -> Header:
         incompatible_features=incompatible,
         compatible_features=compatible,
         autoclear_features=autoclear,
-        extensions=options.extensions(),
+        crypt_method=CRYPT_LUKS if options.encryption else CRYPT_NONE,
+        extensions=options.extensions(luks_offset),
     )
 
 

@@ -45,6 +45,8 @@ FEATURE_NAMES = {
 #: The limits that qemu enforces (block/qcow2.h).
 MAX_BITMAPS = 65535
 MAX_BITMAP_DIRECTORY_BYTES = 1024 * MAX_BITMAPS
+#: Eight slots of key material, 2 MiB at most, and whatever a tool aligns that to.
+MAX_LUKS_BYTES = 16 << 20
 _MAX_OFFSET = (1 << 63) - 1
 
 _EXTENSION = struct.Struct(">II")
@@ -133,6 +135,11 @@ def encode_feature_names() -> bytes:
     )
 
 
+def encode_luks_extension(host_offset: int, length: int) -> bytes:
+    """Return the data of the extension that names the LUKS header."""
+    return _LUKS.pack(host_offset, length)
+
+
 def parse_luks_extension(data: bytes, cluster_bits: int) -> tuple[int, int]:
     """Return (host offset, bytes) of the LUKS header.
 
@@ -144,7 +151,8 @@ def parse_luks_extension(data: bytes, cluster_bits: int) -> tuple[int, int]:
             f"the encryption header extension has {len(data)} bytes, not {_LUKS.size}"
         )
     host_offset, length = _LUKS.unpack(data)
-    if host_offset & ((1 << cluster_bits) - 1) or host_offset + length > _MAX_OFFSET:
+    unaligned = host_offset & ((1 << cluster_bits) - 1)
+    if unaligned or host_offset > _MAX_OFFSET or length > MAX_LUKS_BYTES:
         raise ImageCorruptError(
             f"the encryption header at {host_offset:#x} with {length} bytes is not"
             " aligned to a cluster or too long"

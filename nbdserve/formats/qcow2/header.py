@@ -208,6 +208,14 @@ class Header:
         return "0.10" if self.version == 2 else "1.1"
 
     @property
+    def luks(self) -> tuple[int, int] | None:
+        """Where the LUKS header is, and its bytes with all key material."""
+        extension = self.extension(EXTENSION_LUKS)
+        if extension is None:
+            return None
+        return parse_luks_extension(extension, self.cluster_bits)
+
+    @property
     def backing_format(self) -> str | None:
         """The format recorded for the backing file; bytes that are no text are escaped."""
         return self._text(EXTENSION_BACKING_FORMAT)
@@ -542,13 +550,10 @@ def require_supported(header: Header) -> None:
     Raises:
         ImageFormatError: Names the features.
     """
-    missing = []
-    if header.crypt_method != CRYPT_NONE:
-        missing.append(
-            "AES encryption" if header.crypt_method == CRYPT_AES else "LUKS encryption"
+    if header.crypt_method != CRYPT_NONE and header.external_data:
+        raise ImageFormatError(
+            "not supported by nbdserve: encryption of an external data file"
         )
-    if missing:
-        raise ImageFormatError(f"not supported by nbdserve: {', '.join(missing)}")
 
 
 def require_writable(header: Header) -> None:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.errors import ConfigError, ImageError
+from nbdserve.formats.crypto.key_slots import KeySlots, SlotChange
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.mapped.inflate import Decompress
 from nbdserve.formats.mapped.move import Mover
@@ -150,7 +151,7 @@ class Qcow2Image(MappedImage):
     @contextmanager
     def unrecorded(self) -> Iterator[None]:
         """Let bitmaps not note what is changed, because the disk reads as before."""
-        self._writes, self._discards = self._writer, self._discarder
+        self._writes, self._discards = self._carriers
         try:
             yield
         finally:
@@ -159,7 +160,7 @@ class Qcow2Image(MappedImage):
     def _record(self) -> None:
         """Put a recorder in front of what changes the disk, if there is a bitmap to keep."""
         if self._space is not None and self._bitmaps.found:
-            recorder = Recorder(self._bitmaps, self._writer, self._discarder)
+            recorder = Recorder(self._bitmaps, *self._carriers)
             self._writes, self._discards = recorder, recorder
 
     async def replay(self, links: list[Link], unnamed: set[int] | None = None) -> int:
@@ -257,6 +258,20 @@ class Qcow2Image(MappedImage):
                 await ZeroClusters(structure).expand()
             else:
                 await Snapshots(structure).complete()
+
+    async def change_key_slots(self, change: SlotChange) -> None:
+        """Add or remove passphrases of a LUKS image; see `KeySlots.change`."""
+        cipher = self._parts.cipher
+        async with self.structure() as structure:
+            if structure.header.luks is None or cipher is None:
+                raise ConfigError(
+                    f"{self._parts.storage.name}: has no key slots: it is not encrypted"
+                    " with LUKS"
+                )
+            slots = await KeySlots.read(
+                self._parts.storage, *structure.header.luks, structure.commit.barrier
+            )
+            await slots.change(change, cipher.key)
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """See `BlockDevice.resize`, and `resize.py` for the order of writes."""
@@ -412,6 +427,11 @@ class Qcow2Image(MappedImage):
         if parts.backing is not None:
             raise ConfigError(
                 f"{parts.storage.name}: preallocation hides the backing file"
+            )
+        if parts.cipher is not None and mode != "full":
+            raise ConfigError(
+                f"{parts.storage.name}: preallocated clusters of an encrypted image would"
+                " read as noise: only full writes what they need"
             )
         if mode == "full":
             await write_zeros(self, offset, end, progress)

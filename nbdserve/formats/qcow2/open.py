@@ -8,6 +8,8 @@ from functools import partial
 from nbdserve.block.device import BlockDevice
 from nbdserve.errors import DataFileError, ImageCorruptError, ImageError
 from nbdserve.formats.chain import BackingReference
+from nbdserve.formats.crypto.image_cipher import ImageCipher
+from nbdserve.formats.crypto.unlock import legacy_cipher, luks_cipher
 from nbdserve.formats.mapped.commit import Committer
 from nbdserve.formats.mapped.geometry import Geometry
 from nbdserve.formats.mapped.inflate import inflate, unzstd
@@ -33,6 +35,7 @@ from nbdserve.formats.qcow2.header import (
     AUTOCLEAR_DATA_FILE_RAW,
     AUTOCLEAR_OFFSET,
     COMPRESSION_ZSTD,
+    CRYPT_AES,
     FIXED_LENGTH,
     INCOMPATIBLE_CORRUPT,
     INCOMPATIBLE_OFFSET,
@@ -116,9 +119,14 @@ class Qcow2Driver:
         writethrough: bool,
     ) -> BlockDevice:
         """Open an image; on success it owns `storage` and `backing`."""
+        header = await read_header(storage)
+        require_supported(header)
+        # this may take seconds, and find out that a passphrase is wrong
+        cipher = await self._cipher(storage, header)
         build = partial(
             self._build,
             storage,
+            cipher=cipher,
             read_only=read_only,
             backing=backing,
             writethrough=writethrough,
@@ -141,12 +149,12 @@ class Qcow2Driver:
         self,
         storage: Storage,
         *,
+        cipher: ImageCipher | None,
         read_only: bool,
         backing: BlockDevice | None,
         writethrough: bool,
     ) -> Qcow2Image:
         header = await read_header(storage)
-        require_supported(header)
         data = self._data(storage, header, read_only=read_only)
         if not read_only:
             require_writable(header)
@@ -185,7 +193,15 @@ class Qcow2Driver:
         limit = self.options.table_cache
         tables = Tables(storage, geometry, codec, l1, pins, limit=limit)
         parts = Parts(
-            storage, data, geometry, codec, tables, pins, backing, header.raw_data
+            storage,
+            data,
+            geometry,
+            codec,
+            tables,
+            pins,
+            backing,
+            header.raw_data,
+            cipher,
         )
         decompress = unzstd if header.compression_type == COMPRESSION_ZSTD else inflate
         return Qcow2Image(
@@ -208,6 +224,14 @@ class Qcow2Driver:
                 " autoclear_features), and has a backing file too"
             )
         return self.data
+
+    async def _cipher(self, storage: Storage, header: Header) -> ImageCipher | None:
+        """Unlock an encrypted image."""
+        if header.luks is not None:
+            return await luks_cipher(storage, *header.luks, self.options.secrets)
+        if header.crypt_method == CRYPT_AES:
+            return legacy_cipher(storage, self.options.secrets)
+        return None
 
     async def _repair(self, storage: Storage) -> Header:
         """Bring refcounts in order that another writer had put off (the dirty bit)."""
@@ -275,6 +299,8 @@ async def _locate(storage: Storage, header: Header) -> Located:
     bits = header.cluster_bits
     located.add(0, 1, bits)
     located.add(header.l1_table_offset, 8 * header.l1_size, bits)
+    if header.luks is not None:
+        located.add(*header.luks, bits)
     located.add(
         header.refcount_table_offset, header.refcount_table_clusters << bits, bits
     )

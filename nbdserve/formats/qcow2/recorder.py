@@ -8,8 +8,7 @@ bitmap is ever stored without a change that can be seen.
 from collections.abc import Coroutine
 from typing import Any
 
-from nbdserve.formats.mapped.discard import Discarder
-from nbdserve.formats.mapped.write import Writer
+from nbdserve.formats.mapped.image import Discards, Writes
 from nbdserve.formats.qcow2.bitmaps import Bitmaps
 from nbdserve.storage.base import Buffer
 
@@ -17,7 +16,7 @@ from nbdserve.storage.base import Buffer
 class Recorder:
     """Marks, then changes."""
 
-    def __init__(self, bitmaps: Bitmaps, writer: Writer, discarder: Discarder) -> None:
+    def __init__(self, bitmaps: Bitmaps, writer: Writes, discarder: Discards) -> None:
         """Mark in those of `bitmaps` that record."""
         self._bitmaps = bitmaps
         self._writer = writer

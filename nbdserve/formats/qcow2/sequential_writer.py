@@ -26,6 +26,8 @@ from nbdserve.formats.qcow2.entries import COMPRESSED_FLAG, COPIED, ZERO_FLAG
 from nbdserve.formats.qcow2.header import (
     COMPRESSION_DEFLATE,
     COMPRESSION_ZSTD,
+    CRYPT_LUKS,
+    CRYPT_NONE,
     CURRENT_LENGTH,
     INCOMPATIBLE_COMPRESSION_TYPE,
     MAX_REFCOUNT_TABLE_BYTES,
@@ -43,8 +45,6 @@ else:
 
 #: Compressed bytes gathered before they are written.
 _GATHERED: Final = 1 << 20
-#: qemu writes the feature name table only where clusters are larger than this.
-_NO_FEATURE_NAMES_UP_TO: Final = 4096
 
 
 def deflate(data: Buffer) -> bytes:
@@ -94,7 +94,7 @@ class SequentialWriter:
 
         Raises:
             ConfigError: The disk is too large for its clusters, or the compression
-                is not possible in this version.
+                is not possible in this version, or packages for encryption are missing.
         """
         if compression == "zstd" and options.version < 3:
             raise ConfigError("compression zstd needs compat 3")
@@ -112,6 +112,11 @@ class SequentialWriter:
         self._counts = ClusterCounts()
         self._end = 0
         self._allocate(1 + self._clusters(8 * entries))
+        luks = options.encryption
+        self._cipher = None if luks is None else luks.cipher()
+        self._luks = 0
+        if luks is not None:
+            self._luks = self._allocate(self._clusters(luks.length)) << self._bits
         self._table_number = -1
         self._table = array("Q")
         self._bitmaps = array("Q")
@@ -132,6 +137,9 @@ class SequentialWriter:
             count = min(len(view) >> self._bits, self._left_in_table(first))
             piece = view[: count << self._bits]
             host_offset = await self._map(first, count) << self._bits
+            if self._cipher is not None:
+                guest_offset = first << self._bits
+                piece = await self._cipher.encrypt(piece, guest_offset, host_offset)
             for start, end in nonzero_runs(bytearray(piece)):
                 await self._write(host_offset + start, piece[start:end])
             first += count
@@ -162,7 +170,7 @@ class SequentialWriter:
             count = min(end - first, self._left_in_table(first))
             if self._options.version < 3:
                 # no entry says so: they get clusters to which nothing is written
-                await self._map(first, count)
+                await self._zeros_as_data(first, count)
             else:
                 await self._turn_to(first)
                 index = first % self._entries
@@ -173,6 +181,14 @@ class SequentialWriter:
                     words = array("Q", [ZERO_FLAG]) * count
                     self._table[index : index + count] = words
             first += count
+
+    async def _zeros_as_data(self, first: int, count: int) -> None:
+        """Give clusters places that read as zeros: only encryption has to write them."""
+        if self._cipher is None:
+            await self._map(first, count)
+            return
+        for number in range(first, first + count):
+            await self.plain(number, bytearray(self.cluster_size))
 
     async def finish(self) -> None:
         """Write what is left, and make all of it durable.
@@ -190,6 +206,8 @@ class SequentialWriter:
             encoded = encode_header(self._header(table, table_clusters))
         except ImageFormatError as error:
             raise ConfigError(str(error)) from error
+        if self._options.encryption is not None:
+            await self._write(self._luks, self._options.encryption.encode())
         await self._write(0, encoded)
         await self._storage.flush()
 
@@ -305,7 +323,8 @@ class SequentialWriter:
             compatible_features=compatible,
             compression_type=COMPRESSION_ZSTD if zstd_used else COMPRESSION_DEFLATE,
             header_length=V2_LENGTH if options.version == 2 else CURRENT_LENGTH,
-            extensions=options.extensions(),
+            extensions=options.extensions(self._luks),
+            crypt_method=CRYPT_LUKS if options.encryption else CRYPT_NONE,
         )
 
     async def _write(self, offset: int, data: Buffer) -> None:

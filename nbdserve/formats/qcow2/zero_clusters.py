@@ -88,6 +88,7 @@ class ZeroClusters:
         old = await read_words(self._parts.storage, table, geometry.l2_entries)
         new = old[:]
         more = ClusterCounts()
+        written = False
         for index, word in enumerate(old):
             if not is_zero_cluster(word):
                 continue
@@ -96,7 +97,8 @@ class ZeroClusters:
             )
             new[index] = 0
             if guest_offset < self._backing_size:
-                new[index] = await self._zeros(paths, more)
+                new[index] = await self._zeros(guest_offset, paths, more)
+                written |= self._parts.cipher is not None
             if word & OFFSET_MASK:
                 cluster = (word & OFFSET_MASK) >> geometry.cluster_bits
                 self._freed.add(cluster, 1, paths)
@@ -106,14 +108,22 @@ class ZeroClusters:
         if more.last() >= 0:
             await self._structure.pool.require_room(more)
             await self._structure.pool.share(more)
+            written = True
+        if written:
             await self._structure.commit.barrier()
         await self._write(table, number, new, changed)
 
-    async def _zeros(self, paths: int, more: ClusterCounts) -> int:
+    async def _zeros(self, guest_offset: int, paths: int, more: ClusterCounts) -> int:
         """Return an entry for a new cluster of zeros that so many pointers lead to."""
         pool, bits = self._structure.pool, self._parts.geometry.cluster_bits
         while (grant := pool.take_whole(1)) is None:
             await pool.refill()
+        cipher = self._parts.cipher
+        if cipher is not None:
+            zeros = bytes(self._parts.geometry.cluster_size)
+            await self._parts.put_encrypted(
+                cipher, guest_offset, grant.host_offset, zeros
+            )
         if paths == 1:
             return grant.host_offset | COPIED
         more.add(grant.host_offset >> bits, 1, paths - 1)

@@ -1,0 +1,1 @@
+"""Encrypted images: the LUKS header, keys out of passphrases, and sector ciphers."""
