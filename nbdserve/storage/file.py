@@ -163,14 +163,15 @@ class FileStorage(Storage):
             return False
         if not self._can_nowait:
             return self._try_read_timed(offset, view)
-        if self._misses > MISSES_SEEN and self._skip_probe(wanted):
+        misses = self._misses
+        if misses > MISSES_SEEN and self._skip_probe(wanted):
             return False
         try:
             count = os.preadv(self._fd, (view,), offset, os.RWF_NOWAIT)
         except BlockingIOError:
             self._misses += 1
             return False
-        if self._misses:
+        if misses:
             self._misses = 0
         if count == wanted:
             return True
