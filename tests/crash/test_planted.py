@@ -52,7 +52,8 @@ def test_planted_fault_is_found(
 
 
 @pytest.mark.parametrize(
-    "flavour", ["v3-filled", "v1", "v2", "v3-512-snapshot", "v3-512-aes"]
+    "flavour",
+    ["v3-filled", "v1", "v2", "v3-512-snapshot", "v3-512-aes", "sub-snapshot"],
 )
 def test_busy_runs_read_right(flavour: str, image_of: MakeImage) -> None:
     """Without a fault the many busy runs find nothing."""
