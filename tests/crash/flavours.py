@@ -119,6 +119,7 @@ FLAVOURS: Final = {
     "v3-luks": Flavour(options=_4K, size=60 * KIB, encryption="luks"),
     "v3-512-aes": Flavour(options=_512, size=60 * KIB, encryption="aes"),
     "v2-backed-aes": Flavour(options=_V2, backing=70 * KIB + 512, encryption="aes"),
+    "sub-backed-aes": Flavour(options=_SUB, backing=70 * KIB, encryption="aes"),
     "v1-aes": Flavour(format="qcow", size=60 * KIB, encryption="aes"),
     "v3-backed-bitmaps": Flavour(options=_4K, backing=70 * KIB + 512, bitmaps=True),
     "v3-compacting": Flavour(
@@ -155,9 +156,6 @@ FLAVOURS: Final = {
     "sub-filled": Flavour(options=_SUB, filled=True),
     "sub-backed": Flavour(
         options="extended_l2=on,cluster_size=32k", backing=70 * KIB + 512
-    ),
-    "sub-over-compressed": Flavour(
-        options=_SUB, backing=100 * KIB, compressed_backing=True
     ),
     "sub-compressed": Flavour(options=_SUB, filled=True, compressed=True),
     "sub-compacting": Flavour(

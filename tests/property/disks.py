@@ -327,6 +327,7 @@ DISKS: dict[str, Build] = {
     "luks-sub": partial(encrypted, 32 * KIB, sub=True),
     "luks-sub-over-shorter": partial(encrypted, 32 * KIB, over=True, sub=True),
     "luks-over-shorter": partial(encrypted, 64 * KIB, over=True),
+    "sub-aes": partial(legacy, "qcow2", "extended_l2=on"),
     "aes-4k": partial(legacy, "qcow2", "cluster_size=4k"),
     "qcow-aes": partial(legacy, "qcow", ""),
     "snapshot-refcount-2": partial(
