@@ -61,9 +61,11 @@ def compared(path: Path, expected: bytes | bytearray) -> None:
 
 async def scribble(device: Any, mirror: bytearray, chance: random.Random) -> None:
     """Write, zero, trim and flush at random, and keep the mirror in step."""
+    block = device.minimum_block
     for _ in range(60):
-        offset = chance.randrange(len(mirror))
+        offset = chance.randrange(len(mirror)) // block * block
         length = chance.choice((1, 512, 4096, 70_000, 300_000))
+        length = -(-length // block) * block
         length = min(length, len(mirror) - offset)
         end = offset + length
         which = chance.random()
@@ -606,3 +608,26 @@ def test_rename_an_image_into_another_folder(tmp_path: Path) -> None:
     asyncio.run(look())
     shown = json.loads(run("qemu-img", "info", "-U", "--output=json", new))
     assert shown["format-specific"]["data"]["data-file"] == "../disk.raw"
+
+
+@pytest.mark.parametrize("raw", ["off", "on"])
+async def test_encrypted_data_in_a_file_of_their_own(tmp_path: Path, raw: str) -> None:
+    path, data = tmp_path / "disk.qcow2", tmp_path / "disk.raw"
+    secret = ["--object", "secret,id=s,data=abc"]
+    luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
+    options = f"data_file=disk.raw,data_file_raw={raw},{luks}"
+    run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options, path, "2M")
+    opened = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
+    run("qemu-io", *secret, "--image-opts", opened, "-c", "write -P 7 0 2M")
+    expected = bytearray(b"\x07" * 2 * MIB)
+    async with open_image(path, allow_data_file=[data], secrets=[b"abc"]) as device:
+        assert await device.read(0, 512) == b"\x07" * 512
+        await scribble(device, expected, random.Random(8))
+        await device.resize(3 * MIB + 512)
+        expected += bytes(MIB + 512)
+        await scribble(device, expected, random.Random(9))
+        await device.write(0, b"plain text" * 512)
+    expected[:5120] = b"plain text" * 512
+    run("qemu-img", "convert", *secret, "--image-opts", "-O", "raw", opened, "out")
+    assert (tmp_path / "out").read_bytes() == expected
+    assert b"plain text" not in data.read_bytes()

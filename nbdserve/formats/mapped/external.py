@@ -41,6 +41,8 @@ class ExternalZeros:
     ) -> None:
         """Join the parts."""
         self._data = parts.data
+        # zeros in the file would be noise to the guest
+        self._encrypted = parts.cipher is not None
         self._geometry = parts.geometry
         self._pins = parts.pins
         self._mapping = mapping
@@ -68,6 +70,8 @@ class ExternalZeros:
 
     async def _zero(self, offset: int, length: int, *, unmap: bool) -> bool:
         """Zero a range of the file; False if there is no quick way."""
+        if self._encrypted:
+            return False
         length = min(length, max(self._data.size - offset, 0))
         if not length:
             return True

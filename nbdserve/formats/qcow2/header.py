@@ -6,9 +6,7 @@ and the name of the backing file, so that cluster is all a caller has to
 read; `header_bytes_needed` tells how long it is from the first bytes.
 
 A hostile number is refused where it enters: what `parse_header` returns can
-be used as sizes and offsets without further thought. What the specification
-allows but this engine does not serve is refused apart, by
-`require_supported`, so that such an image can still be described.
+be used as sizes and offsets without further thought.
 """
 
 import struct
@@ -541,18 +539,6 @@ def _check_table(
         raise ImageCorruptError(
             f"{field} is {host_offset:#x}: the table's {length} bytes run past the end"
             f" of the file ({file_size} bytes)"
-        )
-
-
-def require_supported(header: Header) -> None:
-    """Refuse what the specification allows and this engine does not serve.
-
-    Raises:
-        ImageFormatError: Names the features.
-    """
-    if header.crypt_method != CRYPT_NONE and header.external_data:
-        raise ImageFormatError(
-            "not supported by nbdserve: encryption of an external data file"
         )
 
 

@@ -325,7 +325,7 @@ class Qcow2Image(MappedImage):
                 await structure.commit.barrier()
             await self._set_size(structure, size)
             await self._store_resized(structure)
-        if self._parts.raw:
+        if self._parts.raw and self._parts.cipher is None:
             # a raw data file is mapped as a whole
             await self.preallocate(old, size, "metadata", lambda _: None)
 

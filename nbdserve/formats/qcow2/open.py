@@ -43,7 +43,6 @@ from nbdserve.formats.qcow2.header import (
     encode_u64,
     header_bytes_needed,
     parse_header,
-    require_supported,
     require_writable,
 )
 from nbdserve.formats.qcow2.image import Qcow2Image
@@ -120,7 +119,6 @@ class Qcow2Driver:
     ) -> BlockDevice:
         """Open an image; on success it owns `storage` and `backing`."""
         header = await read_header(storage)
-        require_supported(header)
         # this may take seconds, and find out that a passphrase is wrong
         cipher = await self._cipher(storage, header)
         build = partial(

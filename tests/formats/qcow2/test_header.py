@@ -22,7 +22,6 @@ from nbdserve.formats.qcow2.header import (
     encode_snapshots_group,
     header_bytes_needed,
     parse_header,
-    require_supported,
     require_writable,
 )
 from tests.helpers.tools import run
@@ -225,19 +224,18 @@ def test_what_does_not_fit_the_cluster_is_not_written() -> None:
         base(cluster_bits=9, size=512, l1_size=1, backing_name=bytes(400))
 
 
-def test_known_features_without_support_are_described_but_refused() -> None:
+def test_known_features_may_all_be_there_at_once() -> None:
     data = base(
         cluster_bits=14,
         size=1 << 20,
         l1_table_offset=3 << 14,
         refcount_table_offset=1 << 14,
-        incompatible_features=4,
+        incompatible_features=4 | 16,
         crypt_method=1,
     )
     header = parse_header(data, FILE_SIZE)
-    with pytest.raises(ImageFormatError, match="encryption of an external data"):
-        require_supported(header)
-    require_supported(parse_header(base(), FILE_SIZE))
+    assert header.external_data
+    assert header.extended_l2
 
 
 def test_corrupt_is_read_only_and_dirty_is_told() -> None:
