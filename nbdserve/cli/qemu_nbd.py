@@ -227,7 +227,7 @@ def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
         tls = objects.tls(arguments.tls_creds)
     if arguments.tls_authz is not None:
         access = (objects.rule(arguments.tls_authz, arguments.tls_creds),)
-    image = _image(arguments, access)
+    image = objects.with_secrets(_image(arguments, access))
     device = None
     if arguments.connect is not None:
         if arguments.tls_creds is not None:

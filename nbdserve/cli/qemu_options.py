@@ -20,6 +20,8 @@ from nbdserve.errors import ConfigError
 _FORMATS: dict[str, ImageFormat] = {"raw": "raw", "qcow": "qcow", "qcow2": "qcow2"}
 _FILES = ("file", "host_device")
 _TRUE, _FALSE = ("on", "yes", "true", "y"), ("off", "no", "false", "n")
+_KEY_SECRET = re.compile(r"(backing\.)*encrypt\.key-secret")
+_ENCRYPTION = re.compile(r"(backing\.)*encrypt\.format")
 _OFFSET = re.compile("[0-9]+|0[xX][0-9a-fA-F]+")
 
 
@@ -140,9 +142,15 @@ def _with_option(image: ImageConfig, key: str, value: object) -> ImageConfig:
         return replace(image, discard=parse_discard(str(value)))
     if key == "offset" and image.format == "raw":
         return replace(image, offset=image.offset + parse_offset(str(value)))
+    if _KEY_SECRET.fullmatch(key):
+        # the id of an object; see `Objects.with_secrets`
+        return replace(image, secret_files=(*image.secret_files, str(value)))
     harmless = {"cache.no-flush": "off", "detect-zeroes": "off", "locking": "auto"}
-    if value in {harmless.get(name), "on" if name == "locking" else None} or (
-        name == "cache.no-flush" and value is False
+    if (
+        value in {harmless.get(name), "on" if name == "locking" else None}
+        or (name == "cache.no-flush" and value is False)
+        # the image itself says which
+        or (_ENCRYPTION.fullmatch(key) and value in {"luks", "aes"})
     ):
         return image
     raise ConfigError(f"the image option {key}={value} is not supported")
@@ -212,6 +220,8 @@ class Objects:
         for key in options.keys() - {"qom-type", "id"}:
             if key not in known:
                 raise ConfigError(f"--object {kind}: {key}= is not supported")
+        if kind == "secret" and options.get("format", "raw") != "raw":
+            raise ConfigError("--object secret: only format=raw is supported")
         name = options.get("id")
         if not name:
             raise ConfigError(f"--object {kind} has no id=")
@@ -244,6 +254,22 @@ class Objects:
             ca=os.path.join(folder, "ca-cert.pem") if verify else None,
             verify_client=verify,
         )
+
+    def with_secrets(self, image: ImageConfig) -> ImageConfig:
+        """Return an image with the files of secrets, in place of their ids.
+
+        Raises:
+            ConfigError: There is no such secret, or it is not in a file.
+        """
+        files = []
+        for name in image.secret_files:
+            options = self.by_id.get(name, {})
+            if options.get("qom-type") != "secret":
+                raise ConfigError(f"no secret with id {name!r}")
+            if "file" not in options:
+                raise ConfigError(f"the secret {name!r} needs file=")
+            files.append(options["file"])
+        return replace(image, secret_files=tuple(files))
 
     def rule(self, name: str, credentials: str) -> AccessRule:
         """Return who may use the export by the authorization with an id.
@@ -281,4 +307,6 @@ _OBJECT_OPTIONS = {
     "tls-creds-x509": ("dir", "endpoint", "verify-peer", "sanity-check"),
     "tls-creds-psk": ("dir", "endpoint", "verify-peer"),
     "authz-simple": ("identity",),
+    # no data=: everybody can see command lines
+    "secret": ("file", "format"),
 }

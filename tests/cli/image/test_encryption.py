@@ -3,6 +3,9 @@
 import json
 import os
 import random
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -235,3 +238,27 @@ def test_serve_refuses(
     os.chmod(secret, 0)
     if os.getuid():
         assert main([*words, "--secret-file", secret]) == 1
+
+
+@pytest.mark.parametrize("program", ["qemu-nbd", "nbdserve-qemu-nbd"])
+def test_qemu_nbd(tmp_path: Path, program: str) -> None:
+    """The same words open the same image, for both programs."""
+    path = tmp_path / "disk.qcow2"
+    create_luks(path, MIB)
+    qemu = Qemu(path)
+    qemu.io("write -P 7 0 64k")
+    own = Path(sys.executable).parent / "nbdserve-qemu-nbd"
+    words = [str(own) if program == "nbdserve-qemu-nbd" else program]
+    options = f"{qemu.options},encrypt.format=luks"
+    words += ["-r", *qemu.object, "--image-opts", options, "-k", str(tmp_path / "s")]
+    with subprocess.Popen(words) as server:
+        try:
+            deadline_s = time.monotonic() + 30
+            while not (tmp_path / "s").exists():
+                assert time.monotonic() < deadline_s
+                time.sleep(0.01)
+            uri = f"nbd+unix:///?socket={tmp_path / 's'}"
+            run("nbdcopy", uri, tmp_path / "copy.raw")
+        finally:
+            server.kill()
+    assert (tmp_path / "copy.raw").read_bytes() == qemu.content()
