@@ -15,7 +15,7 @@ import stat
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 import structlog
 import uvloop
@@ -25,7 +25,7 @@ from nbdserve.errors import ConfigError, ImageError
 from nbdserve.exports.access import Policy
 from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
-from nbdserve.exports.opening import open_export
+from nbdserve.exports.opening import open_disk, open_export
 from nbdserve.exports.registry import Registry
 from nbdserve.server.limits import Limits, changed
 from nbdserve.server.listeners import (
@@ -47,6 +47,8 @@ if TYPE_CHECKING:  # what few servers need is imported by those
 
 #: Makes the export of an image for a folder of redo records.
 Offer = Callable[[ImageConfig, Policy, str | None], Awaitable[Export]]
+#: Of the control socket: whoever may write to it owns all the disks.
+_CONTROL_MODE: Final = 0o600
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,21 +102,22 @@ def serve(
     activated = activated_listeners()
     _judge_activation(config, activated)
     # what can be wrong with these is refused before anything is made
-    parts = _Parts(
-        TlsCredentials(config.tls),
-        changed(Limits(), config.limits),
-        reread or (lambda: config),
-    )
+    credentials = TlsCredentials(config.tls)
+    limits = changed(Limits(), config.limits)
     client = _stdin_client() if config.stdio else None
     listeners = activated or ([] if config.stdio else _listen(config))
+    control: Listener | None = None
     try:
+        if config.control is not None:
+            control = listen_unix(config.control, _CONTROL_MODE)
+        parts = _Parts(credentials, limits, reread or (lambda: config), control)
         made = _create(config)
         quiet = bool(activated or client)
         uvloop.run(
             _serve(config, parts, listeners, client, announce, made=made, quiet=quiet)
         )
     finally:
-        for listener in listeners:
+        for listener in (*listeners, *([] if control is None else [control])):
             listener.close()
 
 
@@ -132,6 +135,7 @@ class _Parts:
     credentials: TlsCredentials
     limits: Limits
     reread: Callable[[], ServeConfig]
+    control: Listener | None
 
 
 async def _serve(  # noqa: PLR0913
@@ -169,6 +173,8 @@ async def _serve(  # noqa: PLR0913
         reload = Reload(config, parts.reread, server, parts.credentials, offer)
         reload.on_hangup()
         server.start()
+        if parts.control is not None:
+            await _start_control(parts.control, server, reload)
         device = None if config.device is None else _device(server, config.device)
         try:
             if device is not None:
@@ -207,6 +213,18 @@ def _served(
         )
         for image, export in zip(images, registry, strict=True)
     )
+
+
+async def _start_control(listener: Listener, server: Server, reload: "Reload") -> None:
+    """Let the operator in; the end of the server is that of the control socket too."""
+    # takes as long to import as all the rest, and few servers need it
+    from nbdserve.control.http import ControlServer  # noqa: PLC0415
+    from nbdserve.control.operations import Operations  # noqa: PLC0415
+
+    operations = Operations(server, reload.path_of, reload.reopen)
+    control = ControlServer(listener, operations)
+    server.on_end = control.close
+    await control.start()
 
 
 def _stdin_client() -> socket.socket:
@@ -528,6 +546,24 @@ class Reload:
 
         loop.add_signal_handler(signal.SIGHUP, reload)
 
+    def path_of(self, name: str) -> str:
+        """Return the image of an export as the operator wrote it."""
+        image = self._images.get(name)
+        return "" if image is None else image.path
+
+    async def reopen(self, export: Export) -> None:
+        """Open the disk of an export anew; see `Server.exchange_disk`."""
+        image = self._images.get(export.name)
+        if image is None:
+            raise ConfigError(f"the export {export.name!r} has just been removed")
+        if image.scratch is not None:
+            raise ConfigError(
+                f"the export {export.name!r} keeps what is written in a temporary file,"
+                " which reopening would lose"
+            )
+        state_dir = _state_dir(self._config, os.environ)
+        await self._server.exchange_disk(export, lambda: open_disk(image, state_dir))
+
     async def ended(self) -> None:
         """Wait for what is under way."""
         await asyncio.gather(*self._under_way)
@@ -568,7 +604,7 @@ class Reload:
         self._log.info("reloaded", exports=len(self._server.registry))
 
     def _warn_of_the_rest(self, config: ServeConfig) -> None:
-        for what in (
+        kept = (
             "listen",
             "unix",
             "unix_mode",
@@ -577,7 +613,9 @@ class Reload:
             "state_dir",
             "workers",
             "open",
-        ):
+            "control",
+        )
+        for what in kept:
             if getattr(config, what) != getattr(self._config, what):
                 self._log.warning("changed at the next start only", what=what)
 

@@ -50,6 +50,16 @@ class BlockDevice(ABC):
     can_fast_zero: bool
     notes: Sequence[str] = ()
 
+    @property
+    def below(self) -> "BlockDevice | None":
+        """The disk that this one is only a layer around, None if it is no layer."""
+        return None
+
+    @property
+    def broken(self) -> str | None:
+        """Why nothing is acknowledged until the disk is opened anew, None if it is well."""
+        return None
+
     def require_range(self, offset: int, length: int) -> None:
         """Refuse a range that leaves the disk.
 
@@ -182,3 +192,10 @@ class BlockDevice(ABC):
             OSError: Something could not be made durable; the files are closed
                 all the same.
         """
+
+
+def bottom_of(device: BlockDevice) -> BlockDevice:
+    """Return the disk below all layers around it."""
+    while device.below is not None:
+        device = device.below
+    return device

@@ -19,6 +19,7 @@ FAILURE_CODES = {"image compare": 2}
 #: The words of a command, its module, and what `nbdserve --help` says of it.
 COMMANDS = {
     "serve": ("nbdserve.cli.serve", "serve disk images to NBD clients"),
+    "ctl": ("nbdserve.cli.ctl", "resize, snapshot, compact what is being served"),
     "list": ("nbdserve.cli.list_exports", "show what an NBD server exports"),
     "image create": ("nbdserve.cli.image.create", "make a new image"),
     "image info": ("nbdserve.cli.image.info", "describe an image"),

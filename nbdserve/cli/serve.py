@@ -85,6 +85,13 @@ def define(parser: argparse.ArgumentParser) -> None:
         " connections-per-export=10, total-bytes-in-flight=256M,"
         " handshake-timeout-s=5, stall-timeout-s=30",
     )
+    group = parser.add_argument_group("control")
+    group.add_argument(
+        "--control",
+        metavar="PATH",
+        help="a Unix socket for nbdserve ctl, which only you may use: other sizes,"
+        " snapshots, compaction while clients are connected",
+    )
     group = parser.add_argument_group("log")
     _define_log_options(group)
 
@@ -290,6 +297,7 @@ def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
         limits=(*file.limits, *arguments.limit),
         create_size=arguments.create,
         state_dir=arguments.state_dir or file.state_dir,
+        control=arguments.control or file.control,
         file=arguments.config,
         workers=arguments.workers or file.workers or 1,
         open=arguments.open or file.open or "start",

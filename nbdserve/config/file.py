@@ -85,6 +85,7 @@ class _File(_Strict):
     state_dir: str | None = None
     workers: Annotated[int, msgspec.Meta(ge=1, le=MOST_WORKERS)] | None = None
     open: OpenMode | None = None
+    control: str | None = None
     tls: _Tls = msgspec.field(default_factory=_Tls)
     limits: dict[str, int | float | str] = {}
     export: list[_Export] = []
@@ -171,6 +172,7 @@ class _Reader:
             state_dir=file.state_dir,
             workers=file.workers,
             open=file.open,
+            control=file.control,
         )
 
     def _tls(self, tls: _Tls) -> dict[str, Any]:

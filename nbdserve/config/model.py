@@ -248,6 +248,7 @@ class FileConfig:
         state_dir: Where redo records go.
         workers: How many processes serve.
         open: When images are opened; None leaves it to the command line.
+        control: Path of the control socket.
     """
 
     images: tuple[ImageConfig, ...] = ()
@@ -260,6 +261,7 @@ class FileConfig:
     state_dir: str | None = None
     workers: int | None = None
     open: OpenMode | None = None
+    control: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -277,6 +279,7 @@ class ServeConfig:
         limits: Names and values of what is not to be the default.
         create_size: Bytes of the image to make if the only one is missing.
         state_dir: Where redo records go; None leaves it to the environment.
+        control: Path of the control socket; None for none.
         file: The configuration file, read again with SIGHUP.
         default_host: Where to listen if nothing says where.
         persistent: Whether to go on when the last client is gone.
@@ -300,6 +303,7 @@ class ServeConfig:
     limits: tuple[tuple[str, str], ...] = ()
     create_size: int | None = None
     state_dir: str | None = None
+    control: str | None = None
     file: str | None = None
     default_host: str = "127.0.0.1"
     persistent: bool = True
@@ -320,6 +324,8 @@ class ServeConfig:
         self._judge_create()
         if not 1 <= self.workers <= MOST_WORKERS:
             raise ConfigError(f"--workers {self.workers}: from 1 to {MOST_WORKERS}")
+        if self.control is not None and self.workers > 1:
+            raise ConfigError("--control reaches one process: leave --workers out")
         if self.stdio and self.workers > 1:
             raise ConfigError("--stdio serves one client: --workers makes no sense")
         if self.stdio and (self.listen or self.unix or self.vsock):
@@ -331,7 +337,12 @@ class ServeConfig:
         _require_once("--listen", [str(each) for each in self.listen if each.port])
         _require_once("--unix", [os.path.normpath(path) for path in self.unix])
         _require_once("--vsock", [str(each) for each in self.vsock])
-        for path in self.unix:
+        own = () if self.control is None else (self.control,)
+        _require_once(
+            "--unix and --control",
+            [os.path.normpath(path) for path in (*self.unix, *own)],
+        )
+        for path in (*self.unix, *own):
             if len(path.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_LENGTH:
                 raise ConfigError(
                     f"{path}: too long for a Unix socket, whose path has at most"

@@ -1,5 +1,6 @@
 """A disk as clients see it: a name, and facts that are true for this disk."""
 
+import asyncio
 from collections.abc import Iterable, Mapping
 
 from nbdserve.block.device import BlockDevice
@@ -24,14 +25,19 @@ class Export:
 
     Attributes:
         name: What clients ask for; matched exactly.
-        device: The disk.
+        device: The disk, as clients use it.
+        disk: The same without what is recorded about it.
         description: For people; may be empty.
         contexts: The meta contexts that clients can select, by name.
         clients: How many have chosen it; the server counts.
         policy: Who may use it, and how.
         multi_conn: Whether one client may use several connections at once.
         retired: Whether it is no longer offered, and its disk about to be closed.
+        change: Held while the disk itself is changed, exchanged or closed.
     """
+
+    device: BlockDevice
+    disk: BlockDevice
 
     policy = OPEN
     multi_conn = True
@@ -49,16 +55,47 @@ class Export:
     ) -> None:
         """`bitmaps` are recorded from now on, those in `persistent` by the disk itself."""
         names = tuple(bitmaps)
-        tracking = DirtyTracking(device, names) if names else None
+        self._tracking = DirtyTracking(device, names) if names else None
+        self._depth = allocation_depth
         self.name = name
-        self.device = tracking or device
         self.description = description
-        self.contexts: Mapping[str, Describe] = contexts_of(
-            self.device,
-            depth=allocation_depth,
-            bitmaps=(*persistent, *(tracking.bitmaps if tracking is not None else ())),
-        )
+        self.contexts: Mapping[str, Describe] = {}
         self.clients = 0
+        self.change = asyncio.Lock()
+        self.put(device, persistent)
+
+    def put(
+        self, device: BlockDevice, persistent: Iterable[DirtyBitmap] | None = None
+    ) -> None:
+        """Let another disk be the one of this export; whoever has the old one closes it.
+
+        Args:
+            device: The disk.
+            persistent: Its bitmaps, those of the old one if None.
+        """
+        tracking = self._tracking
+        if persistent is not None:
+            self._persistent = tuple(persistent)
+        self.disk = device
+        if tracking is not None:
+            tracking.put_below(device)
+        self.device = tracking or device
+        self.contexts = contexts_of(
+            self.device,
+            depth=self._depth,
+            bitmaps=(
+                *self._persistent,
+                *(tracking.bitmaps if tracking is not None else ()),
+            ),
+        )
+
+    def become(self, opened: "Export") -> None:
+        """Have the disk of another export, which nobody uses."""
+        self._tracking = opened._tracking  # noqa: SLF001 -- one of us
+        self._depth = opened._depth  # noqa: SLF001
+        self._persistent = opened._persistent  # noqa: SLF001
+        self.device, self.disk = opened.device, opened.disk
+        self.contexts = opened.contexts
 
     @property
     def is_open(self) -> bool:

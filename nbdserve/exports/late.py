@@ -20,6 +20,7 @@ class LateExport(Export):
         self.name = name
         self.description = description
         self.clients = 0
+        self.change = asyncio.Lock()
         self._open_export = open_export
         self._turn = asyncio.Lock()
         self._is_open = False
@@ -45,8 +46,7 @@ class LateExport(Export):
             if self._is_open or self.retired:
                 return
             opened = await self._open_export()
-            self.device = opened.device
-            self.contexts = opened.contexts
+            self.become(opened)
             self._is_open = True
 
     async def flush(self) -> None:

@@ -29,6 +29,30 @@ async def open_export(
         ConfigError: Its path can't be opened.
         ImageError: It can't be used.
     """
+    device, persistent = await open_disk(image, state_dir)
+    known = {bitmap.name for bitmap in persistent}
+    export = Export(
+        image.name,
+        device,
+        image.description,
+        allocation_depth=image.allocation_depth,
+        bitmaps=[name for name in image.bitmaps if name not in known],
+        persistent=persistent,
+    )
+    export.policy = policy
+    return export
+
+
+async def open_disk(
+    image: ImageConfig, state_dir: str | None
+) -> tuple[BlockDevice, list[DirtyBitmap]]:
+    """Open the disk of an image as it is to be seen, and find its own bitmaps.
+
+    Raises:
+        ConfigError: Its path can't be opened.
+        ImageError: It can't be used.
+    """
+    device: BlockDevice
     guessed = await _is_guess(image)
     secrets = await run(read_secrets, image.secret_files)
     if image.scratch is not None and not image.reads_only:
@@ -56,7 +80,6 @@ async def open_export(
         structlog.get_logger().warning(note)
     try:
         persistent = await _persistent_bitmaps(device, image)
-        known = {bitmap.name for bitmap in persistent}
         if guessed:
             device = Guarded(device)
         if image.offset or not image.discard:
@@ -64,16 +87,7 @@ async def open_export(
     except BaseException:
         await device.close()
         raise
-    export = Export(
-        image.name,
-        device,
-        image.description,
-        allocation_depth=image.allocation_depth,
-        bitmaps=[name for name in image.bitmaps if name not in known],
-        persistent=persistent,
-    )
-    export.policy = policy
-    return export
+    return device, persistent
 
 
 async def _is_guess(image: ImageConfig) -> bool:

@@ -126,7 +126,7 @@ class ImageInfo:
 
     def snapshots_json(self) -> list[dict[str, Any]]:
         """Return what `qemu-img info --output=json` prints of snapshots."""
-        return [_snapshot_json(each) for each in self.snapshots]
+        return [snapshot_json(each) for each in self.snapshots]
 
     def snapshots_text(self) -> str:
         """Return what `qemu-img snapshot -l` prints: nothing, if there are none."""
@@ -137,7 +137,7 @@ class ImageInfo:
     def _snapshot_lines(self) -> list[str]:
         if not self.snapshots:
             return []
-        listed = [_snapshot_text(each) for each in self.snapshots]
+        listed = [snapshot_text(each) for each in self.snapshots]
         return ["Snapshot list:", _SNAPSHOT_HEADING, *listed]
 
     def as_text(self) -> str:
@@ -390,7 +390,8 @@ _SNAPSHOT_HEADING = _SNAPSHOT_FORMAT.format(
 )
 
 
-def _snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+def snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
+    """Return what `qemu-img info --output=json` prints of a snapshot."""
     seconds, nanoseconds = divmod(snapshot.vm_clock_nsec, 10**9)
     shown: dict[str, Any] = {
         "id": _text(snapshot.id),
@@ -406,7 +407,8 @@ def _snapshot_json(snapshot: Snapshot) -> dict[str, Any]:
     return shown
 
 
-def _snapshot_text(snapshot: Snapshot) -> str:
+def snapshot_text(snapshot: Snapshot) -> str:
+    """Return the line that `qemu-img snapshot -l` prints of a snapshot."""
     seconds, nanoseconds = divmod(snapshot.vm_clock_nsec, 10**9)
     clock = (
         f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}"

@@ -184,6 +184,11 @@ class RawImage(BlockDevice):
             position += piece
         return result
 
+    @property
+    def broken(self) -> str | None:
+        """See `BlockDevice.broken`."""
+        return "an earlier sync failed" if self._sync_failed else None
+
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """See `BlockDevice.resize`; the size is exact to the byte."""
         self._require_writable()

@@ -3,7 +3,7 @@
 import asyncio
 import errno
 import socket
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from contextlib import closing
 from functools import partial
 from typing import Any, Final, Protocol
@@ -11,8 +11,11 @@ from typing import Any, Final, Protocol
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+from nbdserve.block.device import BlockDevice
+from nbdserve.block.dirty_bitmap import DirtyBitmap
+from nbdserve.block.layers.absent import Absent
 from nbdserve.config.tls import TlsConfig
-from nbdserve.errors import ProtocolError
+from nbdserve.errors import ImageError, ProtocolError, RequestError
 from nbdserve.exports.access import Access, Client
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
@@ -97,9 +100,11 @@ class Server:
         listeners: Where clients come from.
         on_last_client_gone: Called each time nobody is connected any more after a
             client that had chosen an export.
+        on_end: Awaited when the end begins, with all disks still open.
     """
 
     on_last_client_gone: Callable[[], None] | None = None
+    on_end: Callable[[], Awaitable[None]] | None = None
 
     def __init__(
         self,
@@ -406,8 +411,78 @@ class Server:
         """
         self.registry.remove(export)
         await self.recheck(export)
-        async with asyncio.timeout(self._limits.close_timeout_s):
+        async with asyncio.timeout(self._limits.close_timeout_s), export.change:
             await export.close()
+
+    async def exchange_disk(
+        self,
+        export: Export,
+        open_disk: Callable[[], Awaitable[tuple[BlockDevice, Iterable[DirtyBitmap]]]],
+    ) -> None:
+        """Close the disk of an export and open it anew, while its clients wait.
+
+        What they ask for meanwhile is answered by the new disk. If there is none, all of it is
+        answered with an error, until another exchange succeeds.
+
+        Args:
+            export: Whose disk; `change` is held.
+            open_disk: Opens the new one, and finds its own bitmaps.
+
+        Raises:
+            RequestError: EBUSY, requests that are under way do not end: nothing changed.
+            ConfigError: There is no such disk any more.
+            ImageError: It can't be used.
+            OSError: It can't be read.
+        """
+        old = export.disk
+        between = Absent(old)
+        self._put(export, between)
+        deadline_s = self._limits.drain_timeout_s
+        try:
+            async with asyncio.timeout(deadline_s):
+                for connection in list(self._connections_of(export)):
+                    await connection.session.left_old()
+        except TimeoutError:
+            self._put(export, old)
+            between.end(old)
+            raise RequestError(
+                errno.EBUSY,
+                f"requests have not ended for {deadline_s:g} s; the disk stays open",
+            ) from None
+        await self._close_failed(export, old)
+        try:
+            new, bitmaps = await open_disk()
+        except BaseException as error:
+            between.fail(error)
+            raise
+        self._put(export, new, bitmaps)
+        between.end(new)
+
+    def _put(
+        self,
+        export: Export,
+        device: BlockDevice,
+        bitmaps: Iterable[DirtyBitmap] | None = None,
+    ) -> None:
+        export.put(device, bitmaps)
+        for connection in self._connections_of(export):
+            connection.session.attach(export)
+
+    def _connections_of(self, export: Export) -> Iterator[Connection]:
+        for connection, (chosen, _) in self._connections.items():
+            if chosen.export is export and isinstance(connection, Connection):
+                yield connection
+
+    async def _close_failed(self, export: Export, device: BlockDevice) -> None:
+        """Close a disk of which clients know already that it has failed."""
+        try:
+            await device.close()
+        except (OSError, ImageError) as error:
+            self._log.warning(
+                "closed with an error, to be opened anew",
+                export=export.name,
+                error=str(error),
+            )
 
     async def recheck(self, export: Export) -> None:
         """Let those clients of an export go that were told something else about it."""
@@ -451,6 +526,8 @@ class Server:
             return
         self._stopping = True
         self._refuse_clients()
+        if self.on_end is not None:
+            await self.on_end()
         await self._let_clients_go()
         await self._close_devices()
 
@@ -479,7 +556,7 @@ class Server:
         failures: list[Exception] = []
         for export in self.registry:
             try:
-                async with asyncio.timeout(self._limits.close_timeout_s):
+                async with asyncio.timeout(self._limits.close_timeout_s), export.change:
                     await export.close()
             except Exception as error:  # noqa: BLE001 -- raised once all are closed
                 self._log.error(

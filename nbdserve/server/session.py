@@ -10,7 +10,7 @@ import asyncio
 from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from structlog.typing import FilteringBoundLogger
 
@@ -53,6 +53,9 @@ from nbdserve.wire.replies import (
 from nbdserve.wire.requests import StatusPayload
 from nbdserve.wire.validate import Refusal, command_name
 
+if TYPE_CHECKING:
+    from nbdserve.exports.contexts import Describe
+
 _DF: Final = int(CommandFlag.DF)
 _FUA: Final = int(CommandFlag.FUA)
 _READ: Final = int(Command.READ)
@@ -74,6 +77,7 @@ class _Waiting:
     Attributes:
         buffer: What it holds: room for the reply of a read, the payload of a write.
         start: Where the room for the reply starts.
+        disk: Which disk of the session it is for, by number.
     """
 
     command: int
@@ -83,6 +87,7 @@ class _Waiting:
     length: int
     buffer: Buffer | None = None
     start: int = 0
+    disk: int = 0
 
     @property
     def bytes_held(self) -> int:
@@ -104,14 +109,18 @@ class Session:
         "_budget",
         "_contexts",
         "_device",
+        "_disk",
         "_disk_failed",
         "_extended",
+        "_left_old",
         "_log",
         "_loop",
+        "_on_old",
         "_on_progress",
         "_outbox",
         "_put_data_header",
         "_read_header",
+        "_selected",
         "_structured",
         "_turnstile",
         "bytes_in_flight",
@@ -131,7 +140,6 @@ class Session:
         log: FilteringBoundLogger,
     ) -> None:
         self._loop = asyncio.get_running_loop()
-        self._device = export.device
         self._outbox = outbox
         self._arena = outbox.arena
         self._budget = budget
@@ -148,15 +156,33 @@ class Session:
             self._put_data_header = put_extended_data_header
         else:
             self._read_header = DATA_HEADER if negotiated.structured else SIMPLE_HEADER
-        self._contexts = [
-            (context.context_id, export.contexts[context.name])
-            for context in negotiated.meta_contexts
-        ]
+        self._selected = negotiated.meta_contexts
+        self._contexts: list[tuple[int, Describe]] = []
         self._log = log
         self._disk_failed = False
         self.counters = ConnectionCounters()
         self.in_flight = 0
         self.bytes_in_flight = 0
+        self._disk = self._on_old = 0
+        self._left_old: asyncio.Future[None] | None = None
+        self.attach(export)
+
+    def attach(self, export: Export) -> None:
+        """Carry out requests on the disk that an export has now."""
+        self._device = export.device
+        self._disk += 1
+        self._on_old = self.in_flight
+        self._contexts = [
+            (context.context_id, export.contexts[context.name])
+            for context in self._selected
+        ]
+        self._disk_failed = False
+
+    async def left_old(self) -> None:
+        """Wait until no request is under way on a disk that the session had before."""
+        while self._on_old:
+            self._left_old = self._loop.create_future()
+            await self._left_old
 
     def read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         """Carry out NBD_CMD_READ. The data lands where it is sent from, if it moves at all."""
@@ -321,6 +347,7 @@ class Session:
         self.in_flight += 1
         self.bytes_in_flight += request.bytes_held
         self._budget.take(request.bytes_held)
+        request.disk = self._disk
         go_on(self._loop, coroutine, waits_for, partial(self._finished, request))
 
     def _finished(
@@ -329,6 +356,10 @@ class Session:
         """Answer a request that had to wait."""
         self.in_flight -= 1
         self.bytes_in_flight -= request.bytes_held
+        if request.disk != self._disk:
+            self._on_old -= 1
+            if self._left_old is not None and not self._left_old.done():
+                self._left_old.set_result(None)
         buffer = request.buffer
         outbox = self._outbox
         cookie, offset = request.cookie, request.offset

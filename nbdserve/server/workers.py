@@ -265,6 +265,7 @@ class DistantExport(Export):
         self.name = name
         self.description = description
         self.clients = 0
+        self.change = asyncio.Lock()
         self.places = places
         self._image = image
         self._turn = asyncio.Lock()

@@ -30,7 +30,9 @@ async def one_run(image: Image, seed: int) -> None:
         effort = Effort(per_event=ALL_SUBSETS)
     else:
         plan = Plan(seed, workers=1 + seed % 4, redo=seed % 3 != 0)
-        effort = Effort(per_event=24 if _FULL else 10)
+        # those of compaction are long, and of large files
+        few = 4 if image.flavour.compacting else 10
+        effort = Effort(per_event=24 if _FULL else few)
     run = await record(image, plan)
     assert not run.errors
     examiner = Examiner(image, TOTAL, effort, seed)

@@ -32,6 +32,28 @@ class DirtyTracking(BlockDevice):
         self.notes = device.notes
         self.bitmaps = tuple(DirtyBitmap(name, device.size) for name in names)
 
+    @property
+    def below(self) -> BlockDevice:
+        """See `BlockDevice.below`."""
+        return self._device
+
+    @property
+    def broken(self) -> str | None:
+        """See `BlockDevice.broken`."""
+        return self._device.broken
+
+    def put_below(self, device: BlockDevice) -> None:
+        """Go around another disk, of which the bitmaps are true as well."""
+        self._device = device
+        self.size = device.size
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Resize the disk below; what is added has not been changed."""
+        await self._device.resize(size, shrink=shrink)
+        self.size = self._device.size
+        for bitmap in self.bitmaps:
+            bitmap.resize(self.size)
+
     def _mark(self, offset: int, length: int) -> None:
         for bitmap in self.bitmaps:
             bitmap.mark(offset, length)

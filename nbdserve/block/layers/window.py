@@ -49,6 +49,21 @@ class Window(BlockDevice):
         self.can_fast_zero = device.can_fast_zero and discard
         self.notes = device.notes
 
+    @property
+    def below(self) -> BlockDevice:
+        """See `BlockDevice.below`."""
+        return self._device
+
+    @property
+    def broken(self) -> str | None:
+        """See `BlockDevice.broken`."""
+        return self._device.broken
+
+    async def resize(self, size: int, *, shrink: bool = False) -> None:
+        """Resize the disk below, so that this much of it is shown."""
+        await self._device.resize(self._offset + size, shrink=shrink)
+        self.size = self._device.size - self._offset
+
     # Not coroutines of their own: those of the disk below are handed on as they are.
 
     def read_into(

@@ -243,6 +243,21 @@ class MappedImage(BlockDevice):
         return self._parts.backing
 
     @property
+    def broken(self) -> str | None:
+        """See `BlockDevice.broken`."""
+        error = None if self._space is None else self._space.commit.failed
+        return None if error is None else f"an earlier sync failed ({error})"
+
+    @property
+    def recent_pause_s(self) -> float:
+        """The same as `longest_pause_s`, since it was last set to 0."""
+        return self._parts.gate.recent_s
+
+    @recent_pause_s.setter
+    def recent_pause_s(self, value_s: float) -> None:
+        self._parts.gate.recent_s = value_s
+
+    @property
     def longest_pause_s(self) -> float:
         """How long writers have had to wait for the longest `exclusive`."""
         return self._parts.gate.longest_s

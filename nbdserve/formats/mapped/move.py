@@ -69,7 +69,7 @@ class Mover:
             guest_cluster: The first one; all of them are in one L2 table.
             host_offset: Where it is expected to lie.
             grant: As many clusters, durably reserved, where they are to lie. They are
-                given back if they are not used.
+                still the caller's if nothing is moved.
 
         Returns:
             Whether they were moved: not if they lie elsewhere by now, are used by others
@@ -83,11 +83,13 @@ class Mover:
             await gate.opened()
         gate.enter()
         try:
-            table = await self._prepared(guest_cluster, host_offset, grant.clusters)
+            try:
+                table = await self._prepared(guest_cluster, host_offset, grant.clusters)
+            except BaseException:
+                self.give_back(grant)
+                raise
             if table is not None:
                 await self._move(table, guest_cluster, host_offset, grant)
-            else:
-                self.give_back(grant)
         finally:
             gate.leave()
         return table is not None
@@ -242,7 +244,8 @@ class Mover:
         Args:
             number: Its L1 index.
             host_offset: Where it is expected to lie.
-            grant: The clusters for it, durably reserved; given back if they are not used.
+            grant: The clusters for it, durably reserved; still the caller's if nothing is
+                moved.
 
         Returns:
             Whether it was moved: not if it lies elsewhere by now, or a snapshot uses it.
@@ -252,21 +255,14 @@ class Mover:
         """
         await self._space.prepare()
         async with self._parts.gate.alone():
-            table = None
-            try:
-                # a held word would be written to the old place
-                await self._commit.flush()
-                found = await self._parts.tables.load(number)
-                if (
-                    found is not None
-                    and found.host_offset == host_offset
-                    and await self._space.pool.references(host_offset) == 1
-                ):
-                    table = found
-            finally:
-                if table is None:
-                    self.give_back(grant)
-            if table is None:
+            # a held word would be written to the old place
+            await self._commit.flush()
+            table = await self._parts.tables.load(number)
+            if (
+                table is None
+                or table.host_offset != host_offset
+                or await self._space.pool.references(host_offset) != 1
+            ):
                 return False
             if not await self._relocate(table, grant):
                 # Nobody may write to the table before: killing the server would lose that.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 #: Bytes of the first reservation, and of those that follow in haste. What is reserved is
 #: sparse: it costs no disk space until it is used.
-_FIRST: Final = 64 << 20
+FIRST_RESERVATION: Final = 64 << 20
 _MOST: Final = 1 << 30
 #: A reservation that lasted less than this is followed by the larger kind.
 _HASTE_S: Final = 10.0
@@ -114,7 +114,7 @@ class Pool(ABC):
         self._lock = asyncio.Lock()
         self._refilling: asyncio.Task[None] | None = None
         self._waiters: list[asyncio.Future[None]] = []
-        self._bytes = _FIRST
+        self._bytes = FIRST_RESERVATION
         self._refilled_at = 0.0
         self._soft = False
         self.loans = Loans(cluster_bits)

@@ -18,7 +18,7 @@ import asyncio
 from array import array
 from typing import Final
 
-from nbdserve.formats.mapped.pool import Grant, _Run
+from nbdserve.formats.mapped.pool import FIRST_RESERVATION, Grant, _Run
 from nbdserve.formats.qcow2.cluster_counts import decode_block
 from nbdserve.formats.qcow2.refcounts import RefcountedPool
 
@@ -60,19 +60,24 @@ class CompactingPool(RefcountedPool):
     async def used(self) -> int:
         """Return how many clusters have a reference, without those reserved here."""
         count = 0
-        for number in range(len(self._table)):
-            block = await self._block(number)
-            if block is not None:
-                used = block.used()
-                count += len(used) - used.count(0)
-                await asyncio.sleep(0)
-        return count - sum(run.count for run in self._runs)
+        async with self._lock:  # nothing is reserved meanwhile
+            for number in range(len(self._table)):
+                block = await self._block(number)
+                if block is not None:
+                    used = block.used()
+                    count += len(used) - used.count(0)
+                    await asyncio.sleep(0)
+            return count - sum(run.count for run in self._runs)
 
     async def usage(self, low: int) -> bytearray:
         """Return a byte for each cluster from `low` to `end`: its references, at most 255.
 
         What is reserved here counts as free.
         """
+        async with self._lock:
+            return await self._usage(low)
+
+    async def _usage(self, low: int) -> bytearray:
         end = self._end
         usage = bytearray(max(end - low, 0))
         size = 1 << self._block_bits
@@ -127,13 +132,15 @@ class CompactingPool(RefcountedPool):
             await self._claim_holes(ceiling)
 
     def unconfine(self) -> None:
-        """Take clusters anywhere again."""
+        """Take clusters anywhere again, and begin with small reservations."""
         self._ceiling = None
+        self._bytes = FIRST_RESERVATION
+        self._refilled_at = 0.0
 
     async def _claim_holes(self, low: int) -> None:
         """Know all clusters from `low` on that nothing refers to as free."""
         known = self._unused() + [(run.start, run.count) for run in self._runs]
-        usage = (await self.usage(low)).translate(_IN_USE)
+        usage = (await self._usage(low)).translate(_IN_USE)
         for start, count in known:
             first, last = max(start, low), min(start + count, self._end)
             if first < last:
@@ -155,8 +162,12 @@ class CompactingPool(RefcountedPool):
             await self._find_below(found, wanted, contiguous, self._ceiling)
             if any(count >= contiguous for _, count in found):
                 return
+            room = self._ceiling - self._end
+            if room >= contiguous and not self._storage.fixed_size:
+                found.append(await self._grow(min(wanted, room), contiguous))
+                return
             # clients fill the disk faster than it can be compacted
-            self._ceiling = None
+            self.unconfine()
         await super()._find(found, wanted, contiguous)
 
     async def _find_below(
@@ -194,6 +205,11 @@ class CompactingPool(RefcountedPool):
             if not await self._reserve_low(least):
                 return None
         return None
+
+    def put_back(self, grant: Grant) -> None:
+        """Take back durable clusters to which nothing was written."""
+        start = grant.host_offset >> self._cluster_bits
+        self._runs.append(_Run(start, grant.clusters, durable=True))
 
     async def _reserve_low(self, contiguous: int) -> bool:
         """Reserve clusters below the ceiling, if there are any; never grow the file."""

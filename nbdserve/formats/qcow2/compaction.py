@@ -38,7 +38,7 @@ _CUT: Final = 64 << 20
 #: Clusters at the end of the file of which a survey remembers the owners (8 bytes each).
 _WINDOW: Final = 1 << 18
 #: Bytes left free below the end if there are clients, who write meanwhile.
-_SPARE: Final = 1 << 20
+_SPARE: Final = 4 << 20
 #: Entries looked at between two looks at the event loop.
 _TURN: Final = 1024
 _MOST_ROUNDS: Final = 64
@@ -54,7 +54,7 @@ class Compacted:
 
     Attributes:
         size_before: Bytes of the file.
-        size_after: Bytes of the file.
+        size_after: Bytes of the file when it was last cut.
         moved: Bytes that were moved.
         stays: Clusters that had to stay where they are, at the end of the file.
         longest_pause_s: How long clients' changes of the mapping waited at most.
@@ -62,7 +62,7 @@ class Compacted:
     """
 
     size_before: int
-    size_after: int = 0
+    size_after: int
     moved: int = 0
     stays: int = 0
     longest_pause_s: float = 0.0
@@ -144,7 +144,8 @@ class Compaction:
         self._moved = 0
         self._uncommitted = 0
         self._uncut = 0
-        self.result = Compacted(self._parts.storage.size)
+        size = self._parts.storage.size
+        self.result = Compacted(size, size)
 
     def stop(self) -> None:
         """Let it end after the move that is under way."""
@@ -177,7 +178,6 @@ class Compaction:
             self._pool.unconfine()
             self.result = replace(
                 self.result,
-                size_after=self._parts.storage.size,
                 moved=self._moved << self._bits,
                 longest_pause_s=gate.recent_s,
                 finished=not self._stopped,
@@ -440,7 +440,10 @@ class Compaction:
             host_offset = first + moved << self._bits
             if await self._mover.move(guest + moved, host_offset, grant):
                 self._moved += grant.clusters
-            elif grant.clusters > 1:
+                moved += grant.clusters
+                continue
+            self._pool.put_back(grant)
+            if grant.clusters > 1:
                 # one of them is in the way of the others
                 for each in range(moved, moved + grant.clusters):
                     await self._move_data_alone(guest + each, first + each)
@@ -454,16 +457,21 @@ class Compaction:
         grant = await self._pool.take_low(1)
         if grant is None:
             return
-        moved = await self._mover.move(guest_cluster, host_offset, grant)
-        if moved or await self._mover.drop_place(guest_cluster, host_offset):
+        if await self._mover.move(guest_cluster, host_offset, grant):
+            self._moved += 1
+            return
+        self._pool.put_back(grant)
+        if await self._mover.drop_place(guest_cluster, host_offset):
             self._moved += 1
 
     async def _move_table(self, number: int, cluster: int) -> int:
         grant = await self._pool.take_low(1)
-        if grant is not None and await self._mover.move_table(
-            number, cluster << self._bits, grant
-        ):
+        if grant is None:
+            return 0
+        if await self._mover.move_table(number, cluster << self._bits, grant):
             self._moved += 1
+        else:
+            self._pool.put_back(grant)
         return self._size
 
     async def _move_compressed(self, blobs: list[tuple[int, int]]) -> int:
@@ -530,7 +538,7 @@ class Compaction:
         async with self._alone() as structure:
             if self._l1_clusters != count:
                 # the disk has another size by now
-                self._mover.give_back(grant)
+                self._pool.put_back(grant)
                 return
             first = grant.host_offset >> self._bits
             self._pool.metadata.update(range(first, first + count))
@@ -544,3 +552,5 @@ class Compaction:
         await self._commit.released()
         await self._pool.cut_end()
         self._uncommitted = self._uncut = 0
+        # before clients let the file grow again, by what is reserved for them
+        self.result = replace(self.result, size_after=self._parts.storage.size)

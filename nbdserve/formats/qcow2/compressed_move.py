@@ -143,28 +143,37 @@ class CompressedMover:
         try:
             used = await self._copy(chosen, grant)
             more = self._references(chosen)
-            await self._pool.require_room(more)
+            if not await self._has_room(more):
+                self._free(grant, 0)
+                return False
             await self._pool.share(more)
             shared = True
-            rest = grant.clusters - used
-            if rest:
-                unused = grant.host_offset + (used << self._bits)
-                self._commit.free(unused, rest << self._bits)
+            self._free(grant, used)
             for blob in chosen:
                 await self._link(blob)
                 linked += 1
-        except ImageError:
-            # refcounts of few bits can't count so many: they stay
-            self._commit.free(grant.host_offset, grant.clusters << self._bits)
-            return False
         except BaseException:
             if shared:
                 for blob in chosen[linked:]:
                     self._commit.free(*blob.new)
             else:
-                self._commit.free(grant.host_offset, grant.clusters << self._bits)
+                self._free(grant, 0)
             raise
         return bool(chosen)
+
+    def _free(self, grant: Grant, used: int) -> None:
+        """Free the clusters of a grant behind the first `used`."""
+        rest = grant.clusters - used
+        if rest:
+            start = grant.host_offset + (used << self._bits)
+            self._commit.free(start, rest << self._bits)
+
+    async def _has_room(self, more: ClusterCounts) -> bool:
+        try:
+            await self._pool.require_room(more)
+        except ImageError:
+            return False  # refcounts of few bits can't count so many: they stay
+        return True
 
     async def _copy(self, chosen: list[_Blob], grant: Grant) -> int:
         """Write all of them to the new place; return how many clusters that takes."""

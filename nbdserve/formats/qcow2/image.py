@@ -382,6 +382,8 @@ class Qcow2Image(MappedImage):
             )
         if self._parts.storage.fixed_size:
             raise ConfigError(f"{name}: a block device does not get smaller")
+        if self.header.external_data:
+            raise ConfigError(f"{name}: its data are in a file of their own already")
         if self._structure is None:
             raise TypeError("an image with space has a structure")
         parts, mapping, allocator = self._parts, self._mapping, self._allocator

@@ -216,7 +216,8 @@ async def test_it_may_be_interrupted(tmp_path: Path, step: int) -> None:
     assert_shows(path, bytes(MIB) + content[MIB:])
 
 
-async def test_closing_ends_it(tmp_path: Path) -> None:
+async def test_closing_ends_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(compaction, "_SPARE", 0)
     content = content_of(4 * MIB)
     path = convert(tmp_path, content, options="cluster_size=4k")
     run("qemu-io", "-c", "discard 0 2M", path)
