@@ -112,7 +112,7 @@ def _define(parser: argparse.ArgumentParser) -> None:
         metavar="TYPE,id=ID,...",
         action="append",
         default=[],
-        help="tls-creds-x509, tls-creds-psk or authz-simple",
+        help="tls-creds-x509, tls-creds-psk, authz-simple or secret",
     )
     group.add_argument("--tls-creds", metavar="ID", help="an earlier --object")
     group.add_argument("--tls-authz", metavar="ID", help="an earlier --object")
