@@ -40,6 +40,17 @@ def secret_file(folder: Path, passphrase: bytes = PASSPHRASE) -> Path:
     return path
 
 
+def patiently(*words: str | Path) -> str:
+    """Run a tool that times its key derivation, and gives up where others use the processor."""
+    for attempt in range(8):
+        try:
+            return run(*words)
+        except AssertionError as error:
+            if "accurate CPU usage" not in str(error) or attempt == 7:
+                raise
+    raise AssertionError("never reached")
+
+
 class Qemu:
     """qemu's tools for one encrypted image."""
 
@@ -59,34 +70,19 @@ class Qemu:
         return f"driver={self.format},file.filename={self.path},encrypt.key-secret=s"
 
     def create(self, size: int, encryption: str, options: str = "") -> None:
-        """Make it; the tool times its key derivation, and gives up where it can't."""
+        """Make it, in place of what failed before."""
         words = ["qemu-img", "create", "-q", "-f", self.format, *self.object, "-o"]
         chosen = f"encrypt.format={encryption},encrypt.key-secret=s"
         if encryption == "luks":
             chosen += ",encrypt.iter-time=10"
         chosen += f",{options}" if options else ""
-        for attempt in range(8):
-            self.path.unlink(missing_ok=True)
-            try:
-                run(*words, chosen, self.path, str(size))
-            except AssertionError as error:
-                # where others use the processor
-                if "accurate CPU usage" not in str(error) or attempt == 7:
-                    raise
-            else:
-                return
+        self.path.unlink(missing_ok=True)
+        patiently(*words, chosen, self.path, str(size))
 
     def amend(self, *options: str) -> None:
-        """Change key slots; see `create`."""
+        """Change key slots."""
         words = ["qemu-img", "amend", *self.object]
-        for attempt in range(8):
-            try:
-                run(*words, *options, "--image-opts", self.options)
-            except AssertionError as error:
-                if "accurate CPU usage" not in str(error) or attempt == 7:
-                    raise
-            else:
-                return
+        patiently(*words, *options, "--image-opts", self.options)
 
     def io(self, *commands: str) -> str:
         """Run commands of qemu-io."""

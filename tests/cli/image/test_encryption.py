@@ -13,7 +13,13 @@ import pytest
 
 from nbdserve.cli.main import main
 from tests.cli.servers import serving
-from tests.helpers.encrypted import PASSPHRASE, Qemu, create_luks, secret_file
+from tests.helpers.encrypted import (
+    PASSPHRASE,
+    Qemu,
+    create_luks,
+    patiently,
+    secret_file,
+)
 from tests.helpers.tools import run
 
 MIB = 1 << 20
@@ -189,10 +195,10 @@ def test_measure(
         chosen += ",encrypt.cipher-alg=aes-128,cluster_size=4k"
     theirs = ["qemu-img", "measure", "--output=json", *Qemu(tmp_path / "x").object]
     argv = [*theirs, "-O", "qcow2", "-o", chosen, "--size", "1G"]
-    assert found == json.loads(run(*argv))
+    assert found == json.loads(patiently(*argv))
     image("measure", raw, *words)
     argv = [*theirs, "-O", "qcow2", "-o", chosen, "-f", "raw", str(raw)]
-    assert shown(capsys) == json.loads(run(*argv))
+    assert shown(capsys) == json.loads(patiently(*argv))
 
 
 def test_serve(tmp_path: Path, secret: str, other: str) -> None:
