@@ -26,7 +26,8 @@ DIGEST_LENGTH: Final = 20
 SALT_LENGTH: Final = 32
 KEY_LENGTHS: Final = (16, 24, 32, 48, 64)
 #: PBKDF2 makes about 3 million iterations of SHA-256 in a second. cryptsetup takes two
-#: seconds' worth by default; with this bound a hostile header costs about ten a slot.
+#: seconds' worth by default; with this bound a hostile header costs about twenty a slot
+#: and passphrase, ten of them for the digest that judges the key.
 MAX_ITERATIONS: Final = 1 << 25
 
 _ACTIVE: Final = 0x00AC71F3

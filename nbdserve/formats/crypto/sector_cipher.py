@@ -80,14 +80,20 @@ def new_hash(name: str, data: bytes = b"") -> "hashlib._Hash":
     """Return a hash that a header names.
 
     Raises:
-        ImageFormatError: Python's OpenSSL does not have it.
+        ImageFormatError: Python's OpenSSL does not have it, or it is none of a fixed
+            length (SHAKE).
     """
     try:
-        return hashlib.new(name, data)
+        made = hashlib.new(name, data)
     except ValueError as error:
         raise ImageFormatError(
             f"the hash {name!r} is not supported: this Python does not have it"
         ) from error
+    if not made.digest_size:
+        raise ImageFormatError(
+            f"the hash {name!r} is not supported: its digests have no fixed length"
+        )
+    return made
 
 
 class SectorCipher(ABC):

@@ -149,7 +149,8 @@ def _check_copied(walk: Walk) -> None:
         table = word & OFFSET_MASK
         if not table:
             continue
-        tables[table] += 1
+        if table < walk.file.size:
+            tables[table] += 1
         cluster = table >> header.cluster_bits
         refcount = walk.stored[cluster]
         if walk.is_readable(cluster) and (refcount == 1) != bool(word & COPIED):

@@ -187,9 +187,11 @@ def parse_bitmaps_extension(data: bytes, cluster_bits: int) -> BitmapsExtension:
             f"bitmap_directory_size is {directory_size}: at most"
             f" {MAX_BITMAP_DIRECTORY_BYTES}"
         )
-    if directory_offset == 0 or directory_offset & ((1 << cluster_bits) - 1):
+    unaligned = directory_offset & ((1 << cluster_bits) - 1)
+    if not 0 < directory_offset <= _MAX_OFFSET or unaligned:
         raise ImageCorruptError(
             f"bitmap_directory_offset {directory_offset:#x} is not aligned to a cluster"
+            " or too large"
         )
     return BitmapsExtension(nb_bitmaps, directory_size, directory_offset)
 

@@ -142,7 +142,8 @@ class Walk:
         unreadable_blocks: Indexes of refcount table entries that can't be used.
         rebuild_needed: Whether refcount structures themselves are broken.
         pointer_corruptions: Corruptions found on the way to guest data.
-        tables: For each L2 table, by host offset, how many pointers lead to it.
+        tables: For each L2 table in the file, by host offset, how many pointers lead
+            to it.
     """
 
     file: ImageFile
@@ -254,13 +255,16 @@ class Walk:
                         times,
                     )
                 table = word & OFFSET_MASK
-                self.use(table, self.header.cluster_size, "L2 table", times)
+                inside = self.use(table, self.header.cluster_size, "L2 table", times)
                 if table % self.header.cluster_size:
                     self.result.corruption(
                         f"L1 entry {index} at {host_offset + index * 8:#x}: the L2"
                         f" table {table:#x} is not aligned to a cluster",
                         times,
                     )
+                if not inside:
+                    # only zeros are there, and millions of entries may say so
+                    continue
                 use = self.tables.setdefault(table, TableUse(index))
                 use.total += times
                 use.active += times if active else 0

@@ -88,6 +88,10 @@ REFUSED = {
     "key": (CipherSpec("aes", "xts", "plain64", "", 16), "key of 16 bytes"),
     "essiv": (CipherSpec("aes", "cbc", "essiv", "sha1", 32), "20 bytes"),
     "hash": (CipherSpec("aes", "cbc", "essiv", "whirl", 32), "'whirl' is not"),
+    "hash without end": (
+        CipherSpec("aes", "cbc", "essiv", "shake_128", 32),
+        "no fixed length",
+    ),
 }
 
 

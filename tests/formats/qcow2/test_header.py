@@ -266,7 +266,7 @@ def test_groups_lie_where_the_fields_are() -> None:
 @pytest.mark.parametrize(
     "fields",
     [(0, 0, 32, 4096), (65536, 0, 32, 4096), (1, 1, 32, 4096), (1, 0, 32, 4097),
-     (1, 0, 1 << 30, 4096), (1, 0, 32, 0)],
+     (1, 0, 1 << 30, 4096), (1, 0, 32, 0), (1, 0, 32, 1 << 63)],
 )  # fmt: skip
 def test_impossible_bitmaps_do_not_spoil_the_disk(fields: tuple[int, ...]) -> None:
     extension = struct.pack(">IIQQ", *fields)
