@@ -64,6 +64,11 @@ class ControlClient:
             raise ConfigError(
                 f"{shown(self._path)}: no answer for {_TIMEOUT_S:.0f} seconds"
             ) from None
+        except (http.client.RemoteDisconnected, ConnectionResetError, BrokenPipeError):
+            raise ConfigError(
+                f"{shown(self._path)}: the server hung up before it answered: what was"
+                " asked may be done or not; see its log"
+            ) from None
         except http.client.HTTPException:
             raise ConfigError(
                 f"{shown(self._path)}: this is not the control socket of nbdserve"

@@ -23,6 +23,7 @@ without it.
 """
 
 import errno
+import logging
 import os
 from collections.abc import Awaitable, Callable
 from typing import Final, TypeVar
@@ -61,7 +62,11 @@ class ControlServer:
         app = web.Application(middlewares=[_explained], client_max_size=_MOST_BYTES)
         app.add_routes(self._routes())
         self._runner = web.AppRunner(
-            app, access_log=None, handle_signals=False, shutdown_timeout=_SHUTDOWN_S
+            app,
+            access_log=None,
+            logger=_logger(),
+            handle_signals=False,
+            shutdown_timeout=_SHUTDOWN_S,
         )
 
     async def start(self) -> None:
@@ -128,6 +133,25 @@ class ControlServer:
 
     async def _stop_compaction(self, request: web.Request) -> web.Response:
         return _answer(await self._operations.stop_compaction(_name(request)))
+
+
+class _OneLine(logging.Handler):
+    """Tells what aiohttp logs as the rest of the server does: one line, no traceback."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Say it; what a broken client has sent may be long."""
+        error = record.exc_info[1] if record.exc_info else None
+        text = " ".join(str(error or record.getMessage()).split())
+        structlog.get_logger().warning(
+            "control request not understood", error=text[:200]
+        )
+
+
+def _logger() -> logging.Logger:
+    """Return a logger of our own; only requests that aren't HTTP get there."""
+    logger = logging.Logger("nbdserve.control", logging.WARNING)  # noqa: LOG001
+    logger.addHandler(_OneLine())
+    return logger
 
 
 def _name(request: web.Request) -> str:

@@ -7,6 +7,7 @@ import socket
 import stat
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -150,6 +151,34 @@ def test_words_that_make_no_sense(folder: Path) -> None:
         (["flush", "a", "--shrink"], "--shrink is for resize"),
     ):
         assert text in ctl(folder, *words, expect=1)
+
+
+def test_a_server_that_ends_before_it_answers(folder: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(folder / "c"))
+        listener.listen()
+
+        def hang_up() -> None:
+            listener.accept()[0].close()
+
+        asker = threading.Thread(target=hang_up)
+        asker.start()
+        try:
+            assert "may be done or not" in ctl(folder, "flush", "a", expect=1)
+        finally:
+            asker.join(10)
+
+
+def test_what_is_not_http_costs_one_line(folder: Path, server: ServeProcess) -> None:
+    for garbage in (b"\0" * 1000, b"GET / HTTP/1.1\r\nA: " + b"x" * 20_000):
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.settimeout(10)
+            peer.connect(str(folder / "c"))
+            peer.sendall(garbage)
+            assert b" 400 " in peer.recv(100)
+    assert "read-write" in ctl(folder, "list")
+    assert "Traceback" not in server.log()
+    assert "control request not understood" in server.log()
 
 
 # -- sizes

@@ -52,11 +52,16 @@ def run(arguments: argparse.Namespace) -> int:
 
     path: str = arguments.path
     with named_errors(path):
-        found = image_info(path).format
-        if found != "qcow2":
+        found = image_info(path)
+        if found.format != "qcow2":
             raise ConfigError(
-                f"{shown(path)}: is a {found} image, and only qcow2 images can be"
+                f"{shown(path)}: is a {found.format} image, and only qcow2 images can be"
                 " compacted; nbdserve image convert makes one without free space"
+            )
+        if "data-file" in (found.specific or {}):
+            raise ConfigError(
+                f"{shown(path)}: has its data in another file, where each cluster has"
+                " its place; what is discarded takes no space there"
             )
         link_leftovers(path)
         # what leaks would keep the file from getting shorter

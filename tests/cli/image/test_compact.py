@@ -58,6 +58,20 @@ def test_other_formats_are_refused(
     assert error.count("\n") == 1
 
 
+def test_with_a_data_file_there_is_nothing_to_move(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, data = tmp_path / "disk.qcow2", tmp_path / "disk.raw"
+    assert main(["image", "create", str(path), "1M", "--data-file", str(data)]) == 0
+    before = path.read_bytes()
+    assert main(["image", "compact", str(path)]) == 1
+    error = capsys.readouterr().err
+    assert "has its data in another file" in error
+    assert "--allow-data-file" not in error  # which this command does not take
+    assert error.count("\n") == 1
+    assert path.read_bytes() == before
+
+
 def test_a_corrupt_image_is_left_alone(
     image: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
