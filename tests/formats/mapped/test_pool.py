@@ -406,7 +406,7 @@ async def test_nothing_is_leaked_by_a_disk_that_fails_for_a_while(
     tmp_path: Path, fmt: str, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Step C fails; what was freed is given back once the disk works again."""
-    monkeypatch.setattr(pool_module, "_FIRST", 1 << 16)
+    monkeypatch.setattr(pool_module, "FIRST_RESERVATION", 1 << 16)
     content = random.Random(5).randbytes(1 << 20)
     path = convert(tmp_path, content, fmt=fmt)
     disk = await open_bytes(tmp_path, path.read_bytes(), fmt=fmt)
