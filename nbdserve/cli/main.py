@@ -85,7 +85,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 def explain(error: Exception) -> str:
     """Return one line for an error that a person can do something about."""
     if isinstance(error, OSError) and error.strerror:
-        name = os.fsdecode(error.filename) if error.filename is not None else ""
+        name = ""
+        if error.filename is not None:
+            name = os.fsdecode(error.filename) or "''"
         text = f"{name}: {error.strerror}" if name else error.strerror
     else:
         text = str(error)

@@ -10,6 +10,7 @@ from nbdserve.formats.qcow2.amend import Amendment, judge_amendment
 from nbdserve.formats.qcow2.amend import amend_image as amend_qcow2
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.storage import locks
+from nbdserve.storage.descriptors import open_descriptor
 from nbdserve.storage.names import shown
 
 
@@ -55,11 +56,11 @@ def amend_image(path: str | os.PathLike[str], wanted: Amendment) -> None:
     """Change header and refcounts of an image that nobody else uses.
 
     Raises:
-        ConfigError: The choices contradict each other.
+        ConfigError: There is no such file, or the choices contradict each other.
         ImageError: The image is broken or in use, or can't become that.
         OSError: The file can't be read or written.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = open_descriptor(path, os.O_RDWR)
     try:
         locks.take(fd, shown(path), write=True)
         amend_qcow2(fd, shown(path), wanted)

@@ -6,6 +6,7 @@ from nbdserve.errors import ImageError, ImageFormatError
 from nbdserve.formats.check_result import CheckResult
 from nbdserve.formats.qcow1 import check as qcow1
 from nbdserve.formats.qcow2 import check as qcow2
+from nbdserve.storage.descriptors import open_descriptor
 
 
 def check_image(
@@ -24,11 +25,12 @@ def check_image(
         What was found; None for raw, which has nothing to check.
 
     Raises:
+        ConfigError: There is no such file, or no permission.
         ImageError: The header is unusable, or not of that format.
         OSError: The file can't be read.
     """
     path = os.fspath(path)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_descriptor(path, os.O_RDONLY)
     try:
         start = os.pread(fd, 8, 0)
         found = "raw"

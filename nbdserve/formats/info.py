@@ -22,6 +22,7 @@ from nbdserve.formats.qcow2.snapshot_table import (
     most_table_bytes,
     parse_snapshot_table,
 )
+from nbdserve.storage.descriptors import open_descriptor
 
 _MAGIC = b"QFI\xfb"
 _START = 512
@@ -177,11 +178,12 @@ def image_info(path: str | os.PathLike[str], *, format: str | None = None) -> Im
             and takes everything else for raw.
 
     Raises:
+        ConfigError: There is no such file, or no permission.
         ImageError: The header is broken, or it is not of that format.
         OSError: The file can't be read.
     """
     path = os.fspath(path)
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    fd = open_descriptor(path, os.O_RDONLY)
     try:
         status = os.fstat(fd)
         size = os.lseek(fd, 0, os.SEEK_END)

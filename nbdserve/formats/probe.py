@@ -9,6 +9,7 @@ import os
 
 from nbdserve.errors import ImageFormatError
 from nbdserve.storage.base import Storage
+from nbdserve.storage.descriptors import open_descriptor
 from nbdserve.storage.executor import run
 from nbdserve.storage.file import FileStorage
 
@@ -52,6 +53,20 @@ async def probe_file(path: str | os.PathLike[str]) -> str:
         return await probe(storage)
     finally:
         await storage.close()
+
+
+def is_raw(path: str | os.PathLike[str]) -> bool:
+    """Return whether a file has the magic of neither qcow nor qcow2.
+
+    Raises:
+        ConfigError: There is no such file.
+        OSError: It can't be read.
+    """
+    fd = open_descriptor(path, os.O_RDONLY)
+    try:
+        return os.pread(fd, len(MAGIC), 0) != MAGIC
+    finally:
+        os.close(fd)
 
 
 async def choose(storage: Storage, wanted: str, *, read_only: bool) -> str:

@@ -6,6 +6,7 @@ from nbdserve.errors import ConfigError, ImageError
 from nbdserve.formats.qcow2.repair import Agree, Repair
 from nbdserve.formats.qcow2.repair import repair_image as repair_qcow2
 from nbdserve.storage import locks
+from nbdserve.storage.descriptors import open_descriptor
 from nbdserve.storage.names import shown
 
 
@@ -20,11 +21,11 @@ def repair_image(
         agree: Asked before anything that can be read, or might be rescued, is lost.
 
     Raises:
-        ConfigError: It is of another format.
+        ConfigError: There is no such file, or it is of another format.
         ImageError: The header is unusable, or the image is in use.
         OSError: The file can't be read or written.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    fd = open_descriptor(path, os.O_RDWR)
     try:
         locks.take(fd, shown(path), write=True)
         start = os.pread(fd, 8, 0)

@@ -18,9 +18,9 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, TypeVar, TypeVarTuple
 
-from nbdserve.errors import ConfigError
 from nbdserve.storage import locks, uring
 from nbdserve.storage.base import Buffer, Storage
+from nbdserve.storage.descriptors import open_descriptor
 from nbdserve.storage.executor import Call, run
 from nbdserve.storage.names import shown
 from nbdserve.storage.pace import STALL_S, Pace
@@ -119,10 +119,9 @@ class FileStorage(Storage):
         self.path = path
         self.name = shown(path)
         self.read_only = read_only
-        fd = _open_descriptor(path, flags)
+        fd = open_descriptor(path, flags)
         try:
             status = os.fstat(fd)
-            _require_disk(self.name, status)
             if lock:
                 locks.take(fd, self.name, write=not read_only)
             self.identity = (status.st_dev, status.st_ino)
@@ -400,37 +399,6 @@ class FileStorage(Storage):
         if self._fd < 0:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF), self.name)
         return self._fd
-
-
-def _open_descriptor(path: str | os.PathLike[str], flags: int) -> int:
-    """Open without ever hanging on a FIFO or rewinding a tape."""
-    name = shown(path)
-    try:
-        # Opening some devices has effects, so look before.
-        _require_disk(name, os.stat(path))
-        # O_NONBLOCK: it may have become a FIFO meanwhile, and opening would hang.
-        fd = os.open(path, flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
-        os.set_blocking(fd, True)
-    except OSError as error:
-        raise ConfigError(f"{name}: {error.strerror}") from error
-    except ValueError as error:  # a NUL in the name
-        raise ConfigError(f"{name}: {error}") from error
-    return fd
-
-
-def _require_disk(name: str, status: os.stat_result) -> None:
-    if stat.S_ISREG(status.st_mode) or stat.S_ISBLK(status.st_mode):
-        return
-    kind = _KINDS.get(stat.S_IFMT(status.st_mode), "something else")
-    raise ConfigError(f"{name}: is {kind}, not a file or block device")
-
-
-_KINDS = {
-    stat.S_IFDIR: "a directory",
-    stat.S_IFIFO: "a FIFO",
-    stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a character device",
-}
 
 
 def _logical_sector(fd: int) -> int:

@@ -146,7 +146,10 @@ def test_raw_is_63(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["image", "check", str(path)]) == 63
     output = capsys.readouterr()
     assert output.out == ""
-    assert output.err == f"nbdserve: {path}: raw images have no check\n"
+    assert output.err == (
+        f"nbdserve: {path}: has no qcow or qcow2 header, so it is raw, and there is nothing"
+        " in it that could be checked\n"
+    )
 
 
 def test_what_could_not_be_checked_is_1() -> None:

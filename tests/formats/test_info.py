@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from nbdserve.errors import ImageCorruptError, ImageFormatError
+from nbdserve.errors import ConfigError, ImageCorruptError, ImageFormatError
 from nbdserve.formats.create import create_image
 from nbdserve.formats.crypto.keys import new_header
 from nbdserve.formats.crypto.luks import CipherSpec
@@ -158,7 +158,7 @@ def test_format_is_told_by_magic_or_by_the_caller(tmp_path: Path) -> None:
     assert (raw.format, raw.virtual_size) == ("raw", path.stat().st_size)
     with pytest.raises(ImageFormatError, match="is qcow2, not qcow"):
         image_info(path, format="qcow")
-    with pytest.raises(FileNotFoundError):
+    with pytest.raises(ConfigError, match="missing: No such file"):
         image_info(tmp_path / "missing")
 
 

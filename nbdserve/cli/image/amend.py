@@ -101,6 +101,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     from nbdserve.app import default_state_dir
     from nbdserve.cli.image import named_errors
+    from nbdserve.cli.image.changing import require_qcow2
     from nbdserve.cli.image.disks import left_a_log
     from nbdserve.formats.amend import amend_image, prepare_to_amend
     from nbdserve.formats.create import judge_data_name
@@ -125,6 +126,7 @@ def run(arguments: argparse.Namespace) -> int:
             " --data-file, or what to do with passphrases"
         )
     with named_errors(arguments.path):
+        asyncio.run(require_qcow2(arguments.path, "can be amended"))
         if change.wanted:
             asyncio.run(_change_slots(arguments, change))
         if wanted == Amendment():
@@ -171,13 +173,13 @@ def _slot_change(arguments: argparse.Namespace) -> "SlotChange":
 
 
 async def _change_slots(arguments: argparse.Namespace, change: "SlotChange") -> None:
-    from nbdserve.cli.image.changing import as_qcow2, opened_to_change
+    from nbdserve.cli.image.changing import qcow2_to_change
 
-    async with opened_to_change(
+    async with qcow2_to_change(
         arguments.path,
+        "have key slots",
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
         secrets=secrets_of(arguments),
-    ) as device:
-        image = as_qcow2(device, arguments.path, "have key slots")
+    ) as image:
         await image.change_key_slots(change)

@@ -90,16 +90,16 @@ def _judge(arguments: argparse.Namespace) -> None:
 
 
 async def _change(arguments: argparse.Namespace) -> None:
-    from nbdserve.cli.image.changing import as_qcow2, opened_to_change
+    from nbdserve.cli.image.changing import qcow2_to_change
 
     path, name = arguments.path, arguments.name
-    async with opened_to_change(
+    async with qcow2_to_change(
         path,
+        "have persistent bitmaps",
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
         secrets=secrets_of(arguments),
-    ) as device:
-        image = as_qcow2(device, path, "have persistent bitmaps")
+    ) as image:
         match arguments.verb:
             case "add":
                 await image.add_bitmap(

@@ -62,6 +62,49 @@ def as_qcow2(device: "BlockDevice", path: str, what: str) -> "Qcow2Image":
     return device
 
 
+@asynccontextmanager
+async def qcow2_to_change(
+    path: str,
+    what: str,
+    *,
+    allow_backing: Sequence[str] = (),
+    allow_data_file: Sequence[str] = (),
+    secrets: "Sequence[Secret]" = (),
+) -> AsyncIterator["Qcow2Image"]:
+    """Open a qcow2 image as `opened_to_change` does.
+
+    Raises:
+        ConfigError: It can't be opened, or is of another format, which can't do `what`.
+        ImageError: It is broken or in use.
+    """
+    await require_qcow2(path, what)
+    async with opened_to_change(
+        path,
+        allow_backing=allow_backing,
+        allow_data_file=allow_data_file,
+        secrets=secrets,
+    ) as device:
+        yield as_qcow2(device, path, what)
+
+
+async def require_qcow2(path: str, what: str) -> None:
+    """Refuse a file of another format, which can't do `what`, before it is opened to change.
+
+    Raises:
+        ConfigError: Names the format; or there is no such file.
+        ImageFormatError: It is of a version that nobody knows.
+    """
+    from nbdserve.formats.probe import probe_file
+
+    found = await probe_file(path)
+    if found == "raw":
+        raise ConfigError(
+            f"{shown(path)}: has no qcow2 header, and only qcow2 images {what}"
+        )
+    if found != "qcow2":
+        raise ConfigError(f"{shown(path)}: is {found}, and only qcow2 images {what}")
+
+
 def link_leftovers(path: str, secrets: "Sequence[Secret]" = ()) -> None:
     """Link what a killed server had acknowledged and not linked, if it left a redo log.
 

@@ -72,6 +72,7 @@ def run(arguments: argparse.Namespace) -> int:
     from nbdserve.cli.image import named_errors
     from nbdserve.formats.check import check_image
     from nbdserve.storage import locks
+    from nbdserve.storage.descriptors import open_descriptor
     from nbdserve.storage.names import shown
 
     path: str = arguments.path
@@ -80,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.force:
         raise ConfigError("--force is for --repair")
     with named_errors(path):
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_descriptor(path, os.O_RDONLY)
         try:
             # what somebody writes meanwhile would look like damage
             locks.take(fd, shown(path), write=False)
@@ -88,9 +89,7 @@ def run(arguments: argparse.Namespace) -> int:
         finally:
             os.close(fd)
     if result is None:
-        message = f"{shown(path)}: raw images have no check"
-        print(f"nbdserve: {message}", file=sys.stderr)
-        return NO_CHECK
+        return _nothing_to_check(path)
     if arguments.json:
         print(json.dumps(result.as_json(), indent=4))
     else:
@@ -98,14 +97,29 @@ def run(arguments: argparse.Namespace) -> int:
     return exit_code(result)
 
 
+def _nothing_to_check(path: str) -> int:
+    """Say that an image is raw, as programs expect it of qemu-img: JSON is not printed."""
+    from nbdserve.storage.names import shown
+
+    print(
+        f"nbdserve: {shown(path)}: has no qcow or qcow2 header, so it is raw, and there is"
+        " nothing in it that could be checked",
+        file=sys.stderr,
+    )
+    return NO_CHECK
+
+
 def _repair(arguments: argparse.Namespace) -> int:
     """Repair, and print what was done and what is left."""
     from nbdserve.cli.image import named_errors
     from nbdserve.cli.image.changing import link_leftovers
+    from nbdserve.formats.probe import is_raw
     from nbdserve.formats.repair import repair_image
 
     path: str = arguments.path
     with named_errors(path):
+        if is_raw(path):
+            return _nothing_to_check(path)
         # what a killed server had acknowledged would look like leaks
         if not arguments.force:
             link_leftovers(path, secrets_of(arguments))

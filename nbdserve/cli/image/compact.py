@@ -77,17 +77,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 async def _compact(arguments: argparse.Namespace) -> int:
-    from nbdserve.cli.image.changing import as_qcow2, opened_to_change
+    from nbdserve.cli.image.changing import qcow2_to_change
     from nbdserve.cli.progress import growing_bar
 
     path: str = arguments.path
     before = os.stat(path).st_size
-    async with opened_to_change(
+    async with qcow2_to_change(
         path,
+        "can be compacted",
         allow_backing=arguments.allow_backing,
         secrets=secrets_of(arguments),
-    ) as device:
-        image = as_qcow2(device, path, "can be compacted")
+    ) as image:
         with growing_bar("compacting") as progress:
             done = await image.compact(progress=progress)
     # closing gives back what was reserved meanwhile

@@ -153,7 +153,7 @@ def run(arguments: argparse.Namespace) -> int:
     if in_place:
         _judge_in_place(arguments)
     state = "the destination is half written" if in_place else "nothing was written"
-    with named_errors(arguments.destination):
+    with named_errors(arguments.destination, or_uri=True):
         return run_interruptibly(_convert(arguments, in_place=in_place), state=state)
 
 

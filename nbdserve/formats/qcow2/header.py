@@ -263,8 +263,12 @@ def header_bytes_needed(data: bytes) -> int:
         ImageFormatError: Not a qcow2 image, or of an unknown version.
         ImageCorruptError: The cluster size is not allowed.
     """
-    if len(data) < 24 or data[:4] != MAGIC:
+    if data[:4] != MAGIC:
         raise ImageFormatError("not a qcow2 image: the magic at byte 0 is missing")
+    if len(data) < 24:
+        raise ImageCorruptError(
+            f"the file has {len(data)} bytes: shorter than a qcow2 header"
+        )
     version, cluster_bits = struct.unpack_from(">I12xI", data, 4)
     if version not in (2, 3):
         raise ImageFormatError(

@@ -72,7 +72,7 @@ def test_snapshots_come_and_go(tmp_path: Path) -> None:
         (["apply", "IMAGE", "x"], "there is no snapshot 'x'"),
         (["create", "IMAGE", "x", "--json"], "--json is for snapshot list"),
         (["creat", "IMAGE", "x"], "did you mean create?"),
-        (["create", "RAW", "x"], "has no qcow or qcow2 header"),
+        (["create", "RAW", "x"], "only qcow2 images have internal snapshots"),
         (["list", "RAW"], "only qcow2 images have internal snapshots"),
         (["create", "OLD", "x"], "only qcow2 images have internal snapshots"),
     ],
