@@ -273,11 +273,19 @@ def _extensions(content: bytes) -> Iterator[Place]:
             table = _number(content, directory, 8)
             yield from _table(content, "bitmap table", table, 4)
         if kind == 0x0537_BE77 and length >= 16:
-            header = _number(content, offset + 8, 8)
-            yield from _table(content, "luks header", header, 64, 4)
+            yield from _luks_header(_number(content, offset + 8, 8))
         if not kind:
             return
         offset += 8 + -(-length // 8) * 8
+
+
+def _luks_header(offset: int) -> Iterator[Place]:
+    """Yield its numbers, and where its texts begin."""
+    fields = [(0, 4), (4, 4), (8, 8), (40, 8), (72, 8), (104, 4), (108, 4), (164, 4)]
+    for slot in range(208, 592, 48):
+        fields += [(slot, 4), (slot + 4, 4), (slot + 40, 4), (slot + 44, 4)]
+    for at, width in fields:
+        yield Place(f"luks {at}", offset + at, width)
 
 
 def _snapshot_table(content: bytes) -> Iterator[Place]:
