@@ -19,10 +19,10 @@ from tests.crash.workload import Plan, Run, record
 
 _FULL = bool(os.environ.get("NBDSERVE_FULL"))
 _SEEDS = 2 if _FULL else 1
-#: One call in so many fails in the quick run.
-_STRIDE = 3 if _FULL else 24
+#: One call in so many fails in the quick run, each one in the full run.
+_STRIDE = 1 if _FULL else 24
 
-pytestmark = [pytest.mark.crash, pytest.mark.timeout(900 if _FULL else 120)]
+pytestmark = [pytest.mark.crash, pytest.mark.timeout(3600 if _FULL else 120)]
 
 #: errno, how much of a write arrives all the same, and how many calls in a row fail.
 FAULTS = {
