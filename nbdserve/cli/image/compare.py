@@ -20,7 +20,7 @@ exit code:
 EXAMPLES = """\
 examples:
   nbdserve image compare disk.img disk.qcow2
-  nbdserve image compare disk.qcow2 nbd://127.0.0.1/disk --json"""
+  nbdserve image compare copy.qcow2 nbd://127.0.0.1/disk --json"""
 
 SAME = 0
 DIFFERENT = 1
