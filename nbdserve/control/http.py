@@ -15,7 +15,7 @@
 | DELETE /v1/exports/NAME/compaction | stop it |
 
 Names are percent-encoded. What fails is answered with `{"error": "one line"}` and
-a status: 400 the question makes no sense, 404 there is no such thing, 409 not now or
+a status: 400 the question makes no sense, 404 no such export, 409 not now or
 not with this image, 500 the disk failed, 507 it is full.
 
 aiohttp is imported with this module only: a server without a control socket starts
