@@ -139,8 +139,10 @@ class Bench:
     def run(self, cell: Cell, contender: Contender) -> Sample:
         """A fresh server, one load, one sample."""
         image = self._disks.prepare(cell.disk, contender.image_format)
-        self._disks.settle(cell.disk, image, cold=cell.cold)
-        with contender.start(image, self._scratch / "server") as server:
+        with (
+            self._disks.settled(cell.disk, image, cold=cell.cold),
+            contender.start(image, self._scratch / "server") as server,
+        ):
             sample = measure(cell, server, runtime_s=self._runtime_s, cpu=self._fio_cpu)
         self._disks.discard(cell.disk, image)
         return sample

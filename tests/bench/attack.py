@@ -86,8 +86,10 @@ def run_attacks(
     outcomes = {name: Outcome() for name in names}
     for number in range(rounds):
         for name, outcome in outcomes.items():
-            disks.settle(VICTIM.disk, image, cold=False)
-            with contender.start(image, scratch / "server") as server:
+            with (
+                disks.settled(VICTIM.disk, image, cold=False),
+                contender.start(image, scratch / "server") as server,
+            ):
                 idle = measure(VICTIM, server, runtime_s=runtime_s, cpu=cpu)
                 spent = cpu_seconds(server.pid)
                 with attacking(name, server):

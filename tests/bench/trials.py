@@ -77,9 +77,11 @@ def tls(scratch: Path, rounds: int) -> Rows:
     spent: dict[str, list[float]] = {name: [] for name in names}
     for number in range(rounds):
         for name in names[number % len(names) :] + names[: number % len(names)]:
-            for path in images.values():
-                path.read_bytes()  # warm
-            with start(name) as server:
+            with contextlib.ExitStack() as held:
+                for path in images.values():
+                    hot = disks.settled(Disk.ALLOCATED, path, cold=False)
+                    held.enter_context(hot)
+                server = held.enter_context(start(name))
                 uri = server.uri("tcp").replace("nbd:", "nbds:", 1)
                 uri += f"?tls-certificates={pki.clients['alice']}"
                 before = cpu_seconds(server.pid)
@@ -114,14 +116,14 @@ def fairness(scratch: Path, rounds: int) -> Rows:
     }
     for _ in range(rounds):
         for (name, same), p99s in found.items():
-            disks.settle(Disk.ALLOCATED, hot, cold=False)
-            disks.settle(Disk.ALLOCATED, slow, cold=True)
-            one = _serving_disk(hot, scratch / "one", *([slow] if same else []))
-            other = one if same else _serving_disk(slow, scratch / "other")
-            with contextlib.ExitStack() as servers:
-                servers.enter_context(one)
+            with contextlib.ExitStack() as held:
+                held.enter_context(disks.settled(Disk.ALLOCATED, hot, cold=False))
+                held.enter_context(disks.settled(Disk.ALLOCATED, slow, cold=True))
+                one = _serving_disk(hot, scratch / "one", *([slow] if same else []))
+                other = held.enter_context(one)
                 if not same:
-                    servers.enter_context(other)
+                    other = _serving_disk(slow, scratch / "other")
+                    held.enter_context(other)
                 alone.append(measure(HOT, one, runtime_s=1.0, cpu=None).p99_us)
                 uri = other.uri("unix", "slow" if same else "disk")
                 with _neighbour(name, uri):
@@ -170,16 +172,18 @@ def workers(scratch: Path, rounds: int) -> Rows:
     rates: dict[int, list[float]] = {1: [], 2: []}
     for _ in range(rounds):
         for count, found in rates.items():
-            for image in (first, second):
-                disks.settle(Disk.ALLOCATED, image, cold=False)
             options = [f"second={second}", "--workers", str(count), *state_options()]
-            with nbdserve(
-                first,
-                scratch / "server",
-                image_format="qcow2",
-                transports=["unix"],
-                options=options,
-            ) as server:
+            with (
+                disks.settled(Disk.ALLOCATED, first, cold=False),
+                disks.settled(Disk.ALLOCATED, second, cold=False),
+                nbdserve(
+                    first,
+                    scratch / "server",
+                    image_format="qcow2",
+                    transports=["unix"],
+                    options=options,
+                ) as server,
+            ):
                 loads = []
                 for export in ("disk", "second"):
                     report = server.directory / f"{export}.json"
