@@ -106,6 +106,7 @@ class Connection:
         self._shared = shared
         self._limits = shared.limits
         self._budget = shared.budget
+        self._expect_more = shared.busy_poll.expect
         self._outbox = Outbox(
             loop, sock, shared.outgoing, shared.budget, self._on_progress
         )
@@ -298,7 +299,9 @@ class Connection:
             and self._outbox.lost is None
             and not self._shutting_down
         ):
-            return  # as almost always: everything is answered, nothing waits
+            # as almost always: everything is answered, nothing waits
+            self._expect_more()
+            return
         self._decide()
 
     def _decide(self) -> None:

@@ -46,6 +46,9 @@ class Limits:
     #: One turn of one connection. Others wait as long for each busy one.
     turn_s: float = 0.0005
     turn_bytes: int = MIB
+    #: How long the loop stays awake after a reply, in case that the client asks again at
+    #: once; 0 lets it sleep. See `busy_poll.py`.
+    busy_poll_s: float = 0.0001
     #: Memory that is kept for the next large requests.
     idle_buffer_bytes: int = 128 * MIB
     #: After SIGTERM: how long requests in flight may take, before the server
@@ -60,6 +63,7 @@ class Limits:
 
 #: The limits as operators write them; what ends in -s is in seconds.
 NAMES: Final = tuple(field.name.replace("_", "-") for field in fields(Limits))
+_MAY_BE_0: Final = frozenset({"busy-poll-s"})
 
 
 def changed(limits: Limits, settings: Iterable[tuple[str, str]]) -> Limits:
@@ -86,7 +90,7 @@ def changed(limits: Limits, settings: Iterable[tuple[str, str]]) -> Limits:
             value: float = float(text)
         else:
             value = parse_size(text)
-        if not value:
+        if not value and name not in _MAY_BE_0:
             raise ConfigError(f"the limit {name} can't be 0")
         values[field.name] = value
     return replace(limits, **values)  # type: ignore[arg-type]

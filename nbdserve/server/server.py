@@ -22,6 +22,7 @@ from nbdserve.exports.registry import Registry
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import BufferPool
 from nbdserve.server.bulk import Turnstile
+from nbdserve.server.busy_poll import BusyPoll
 from nbdserve.server.connection import RECEIVE_ARENA, Connection
 from nbdserve.server.limits import Limits
 from nbdserve.server.line import Line
@@ -153,6 +154,7 @@ class Server:
             outgoing=Arena(self._pool, REPLY_ARENA),
             budget=Budget(self._limits.total_bytes_in_flight),
             turnstile=Turnstile(self._loop),
+            busy_poll=BusyPoll(self._loop, self._limits.busy_poll_s),
         )
         self._lobby = Lobby(
             self._loop,

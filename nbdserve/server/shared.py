@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from nbdserve.server.budget import Budget
 from nbdserve.server.bulk import Turnstile
+from nbdserve.server.busy_poll import BusyPoll
 from nbdserve.server.limits import Limits
 from nbdserve.server.outbox import Arena
 
@@ -18,6 +19,7 @@ class Shared:
         outgoing: Where replies are put together.
         budget: Bytes in flight of all.
         turnstile: Where very large reads take turns.
+        busy_poll: Keeps the loop awake for the next request.
     """
 
     limits: Limits
@@ -25,3 +27,4 @@ class Shared:
     outgoing: Arena
     budget: Budget
     turnstile: Turnstile
+    busy_poll: BusyPoll
