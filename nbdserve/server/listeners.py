@@ -15,6 +15,7 @@ _BACKLOG: Final = 1024
 #: sd_listen_fds(3): SD_LISTEN_FDS_START.
 _FIRST_ACTIVATED_FD: Final = 3
 _STALE_PROBE_TIMEOUT_S: Final = 1.0
+_WAY_OUT: Final = "stop that one, or choose another address"
 
 
 @dataclass(frozen=True, slots=True)
@@ -204,7 +205,7 @@ def _remove_stale(path: str) -> None:
             return
         except TimeoutError:
             pass  # its backlog is full: busy, but alive
-    raise ConfigError(f"{path}: in use by another server")
+    raise ConfigError(f"{path}: in use by another server; {_WAY_OUT}")
 
 
 def activated_listeners() -> list[Listener]:
@@ -262,5 +263,5 @@ def _bracketed(host: str) -> str:
 
 def _cannot_listen(where: str, error: OSError) -> ConfigError:
     if error.errno == errno.EADDRINUSE:
-        return ConfigError(f"{where}: in use by another server")
+        return ConfigError(f"{where}: in use by another server; {_WAY_OUT}")
     return ConfigError(f"{where}: cannot listen: {error.strerror}")

@@ -78,7 +78,10 @@ def test_who_may_use_the_socket(folder: Path) -> None:
         words = ["serve", "b.img", "--read-only", "--unix", "t", "--control", "c"]
         second = run(*words, cwd=folder)
         assert second.returncode == 1
-        assert second.stderr == "nbdserve: c: in use by another server\n"
+        problem = (
+            "c: in use by another server; stop that one, or choose another address"
+        )
+        assert second.stderr == f"nbdserve: {problem}\n"
         assert "a.qcow2" in ctl(folder, "list")
         assert server.end() == 0
     assert not (folder / "c").exists()

@@ -60,7 +60,7 @@ def test_the_socket_of_a_dead_server_is_replaced(tmp_path: Path) -> None:
 def test_the_socket_of_a_living_server_is_left_alone(tmp_path: Path) -> None:
     path = tmp_path / "socket"
     listener = listen_unix(str(path))
-    with pytest.raises(ConfigError, match=r"socket: in use by another server$"):
+    with pytest.raises(ConfigError, match=r"socket: in use by another server; stop "):
         listen_unix(str(path))
     with socket.socket(socket.AF_UNIX) as client:
         client.connect(str(path))

@@ -1,24 +1,7 @@
 #!/bin/busybox sh
 # The first process of a guest whose disk has Python and this server: attaches an image
-# to the guest's own /dev/nbd0 as qemu-nbd does. "@@ PASS" is its last word.
-/bin/busybox --install -s /bin
-export PATH=/sbin:/bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-
-say() { echo "@@ $*"; }
-fail() {
-    dmesg | tail -n 25
-    say FAIL "$*"
-    poweroff -f
-}
-
-for module in $(cat /lib/modules/order); do
-    parameters=
-    [ "$module" = nbd ] && parameters=nbds_max=1
-    insmod "/lib/modules/$module" $parameters || fail "insmod $module"
-done
+# to the guest's own /dev/nbd0 as qemu-nbd does.
+. /start.sh
 mount -t ext4 /dev/vda /mnt || fail "no disk"
 for folder in proc sys dev; do mount --bind /$folder /mnt/$folder; done
 mkdir -p /mnt/dev/shm && mount -t tmpfs shm /mnt/dev/shm

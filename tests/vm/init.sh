@@ -1,38 +1,12 @@
 #!/bin/busybox sh
-# The first process of a test guest. It says "@@ KEY VALUE" on the serial console
-# for each thing that it did; the last is "@@ PASS", or "@@ FAIL reason".
-# From the kernel's command line: nbd_port and nbd_name (attach /dev/nbd0 from the
-# host), or neither (the disk is /dev/vda).
-/bin/busybox --install -s /bin
-# Programs with a path in front: busybox prefers its own applets of that name.
-export PATH=/sbin:/bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-
-say() { echo "@@ $*"; }
-fail() {
-    dmesg | tail -n 25
-    say FAIL "$*"
-    poweroff -f
-}
-
-for module in $(cat /lib/modules/order); do
-    parameters=
-    [ "$module" = nbd ] && parameters=nbds_max=1
-    insmod "/lib/modules/$module" $parameters || fail "insmod $module"
-done
-for word in $(cat /proc/cmdline); do
-    case $word in nbd_*=*) eval "$word" ;; esac
-done
+# The first process of a test guest that uses a disk: /dev/nbd0 from the host if the kernel's
+# command line has nbd_port and nbd_name, else /dev/vda.
+. /start.sh
 say booted "$(uname -r)"
 
 if [ -n "$nbd_port" ]; then
     disk=/dev/nbd0
-    ip link set lo up
-    ip link set eth0 up
-    ip addr add 10.0.2.15/24 dev eth0
-    ip route add default via 10.0.2.2
+    connect_to_host
     /sbin/nbd-client -l 10.0.2.2 "$nbd_port" >/tmp/list 2>&1 || fail "list: $(cat /tmp/list)"
     grep -qx "$nbd_name" /tmp/list || fail "list has no $nbd_name: $(cat /tmp/list)"
     /sbin/nbd-client 10.0.2.2 "$nbd_port" "$disk" -N "$nbd_name" -C 2 -b 512 \

@@ -18,6 +18,8 @@ from tests.vm.kernel import Kernel
 BUSYBOX = "/bin/busybox"
 PROGRAMS = ("/usr/sbin/nbd-client", "/sbin/mke2fs", "/sbin/e2fsck")
 MODULES = ("virtio_pci", "virtio_net", "virtio_blk", "nbd", "ext4", "crc32c_generic")
+#: What all scripts source first.
+START = Path(__file__).with_name("start.sh")
 FOLDERS = ("proc", "sys", "dev", "mnt", "tmp", "bin", "sbin", "lib/modules")
 
 CONSOLE_DEVICE = (5, 1)
@@ -105,6 +107,7 @@ def build_initramfs(
         archive.file(f"lib/modules/{module_name(module)}", read_module(module))
     names = "\n".join(module_name(module) for module in order)
     archive.file("lib/modules/order", f"{names}\n".encode())
+    archive.file("start.sh", START.read_bytes())
     archive.file("init", init.encode())
     for path, content in (files or {}).items():
         archive.file(path, content.encode())

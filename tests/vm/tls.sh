@@ -1,32 +1,9 @@
 #!/bin/busybox sh
 # The first process of a guest that attaches /dev/nbd0 over TLS with nbd-client: with a good
 # certificate it makes a file system, with others it must fail. From the kernel's command
-# line: nbd_port and nbd_name. "@@ PASS" is its last word.
-/bin/busybox --install -s /bin
-export PATH=/sbin:/bin
-mount -t proc proc /proc
-mount -t sysfs sys /sys
-mount -t devtmpfs dev /dev
-
-say() { echo "@@ $*"; }
-fail() {
-    dmesg | tail -n 25
-    say FAIL "$*"
-    poweroff -f
-}
-
-for module in $(cat /lib/modules/order); do
-    parameters=
-    [ "$module" = nbd ] && parameters=nbds_max=1
-    insmod "/lib/modules/$module" $parameters || fail "insmod $module"
-done
-for word in $(cat /proc/cmdline); do
-    case $word in nbd_*=*) eval "$word" ;; esac
-done
-ip link set lo up
-ip link set eth0 up
-ip addr add 10.0.2.15/24 dev eth0
-ip route add default via 10.0.2.2
+# line: nbd_port and nbd_name.
+. /start.sh
+connect_to_host
 
 with() {
     tls="-enable-tls -tlshostname localhost -cacertfile /tls/$1/ca-cert.pem"
