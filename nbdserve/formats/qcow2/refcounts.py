@@ -411,11 +411,13 @@ class RefcountedPool(Pool):
                     block.set(index, 1)
                 if number not in blocks:
                     touched.append(number)
+        written: list[Written] = []
         for block in blocks.values():
             block.changed()
             await self._storage.write(block.host_offset, bytes(block.data))
-        await self._write_blocks(touched)
-        await self._durability.barrier()
+            written.append((block.host_offset, len(block.data)))
+        written += await self._write_blocks(touched)
+        await self._persist(written)
         return blocks
 
     async def _enter(self, blocks: dict[int, Block]) -> None:
@@ -425,17 +427,17 @@ class RefcountedPool(Pool):
         without a reference, for others to take. If one can't be entered, those before
         it stay: they may count blocks of which the file has words.
         """
-        waiting: set[int] = set()
+        waiting: dict[int, Written] = {}
         for number, block in blocks.items():
             if self._counted_in(block) in waiting:
-                await self._durability.barrier()
+                await self._persist(list(waiting.values()))
                 waiting.clear()
-            await self._storage.write(
-                self._table_offset + 8 * number, _WORD.pack(block.host_offset)
-            )
+            word = _WORD.pack(block.host_offset)
+            place = self._table_offset + 8 * number
+            await self._storage.write(place, word)
             self._adopt({number: block})
-            waiting.add(number)
-        await self._durability.barrier()
+            waiting[number] = place, len(word)
+        await self._persist(list(waiting.values()))
 
     def _counted_in(self, block: Block) -> int:
         """Return the number of the block that has a block's own reference."""
@@ -448,8 +450,9 @@ class RefcountedPool(Pool):
         for number, block in blocks.items():
             table[number] = block.host_offset
         offset = start << self._cluster_bits
-        await self._storage.write(offset, encode_words(table))
-        await self._durability.barrier()
+        words = encode_words(table)
+        await self._storage.write(offset, words)
+        await self._persist([(offset, len(words))])
         self._header_in_doubt = True
         await self._name_table(offset, len(table))
         self._header_in_doubt = False
@@ -464,11 +467,9 @@ class RefcountedPool(Pool):
 
     async def _name_table(self, offset: int, entries: int) -> None:
         """Let the header say where the refcount table is, durably."""
-        await self._storage.write(
-            REFCOUNT_TABLE_GROUP_OFFSET,
-            encode_refcount_table_group(offset, entries >> self._cluster_bits - 3),
-        )
-        await self._durability.barrier()
+        group = encode_refcount_table_group(offset, entries >> self._cluster_bits - 3)
+        await self._storage.write(REFCOUNT_TABLE_GROUP_OFFSET, group)
+        await self._persist([(REFCOUNT_TABLE_GROUP_OFFSET, len(group))])
 
     def _adopt(self, blocks: dict[int, Block]) -> None:
         for number, block in blocks.items():
