@@ -21,12 +21,18 @@ import mmap
 import os
 import platform
 import struct
+from collections.abc import Callable, Generator
+from contextvars import Context
 from typing import Final
-
-from nbdserve.storage.executor import Call
 
 #: Longer reads are for threads: the kernel copies them in the loop's time (64 KiB: 10 us).
 LIMIT: Final = 64 << 10
+
+#: So many are handed over as soon as they are there, the rest at the end of the turn: the drive
+#: is at work while the next ones are parsed. A virtual drive may tell of a batch
+#: when all of it is done; with one of 32, drive and server waited for each other in turn
+#: (30,900 cold reads a second instead of 36,100).
+_BATCH: Final = 8
 
 #: Reads in flight; who comes then takes a thread.
 _ENTRIES: Final = 512
@@ -55,6 +61,87 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _syscall = _libc.syscall
 _syscall.restype = ctypes.c_long
 _syscall.argtypes = [ctypes.c_long] * 7
+
+
+class Read:
+    """A read under way, to be awaited once.
+
+    It is what asyncio takes for a future, but who waits goes on in the very moment of the
+    completion: the way through the loop's queue of callbacks took 4 of 31 us
+    of CPU a read. A task that waits goes on in its own context, as ever.
+    Cancelling waits until the kernel is done with the buffer, as with `Call`.
+
+    Attributes:
+        cached: Whether it was complete as soon as it was handed over. A drive that is quick
+            enough for that looks the same.
+    """
+
+    __slots__ = (
+        "_asyncio_future_blocking",
+        "_callback",
+        "_context",
+        "_loop",
+        "_memory",
+        "_result",
+        "cached",
+    )
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, memory: object) -> None:
+        """`memory` must live until the kernel is done with it."""
+        self._asyncio_future_blocking = False
+        self._callback: Callable[[Read], object] | None = None
+        self._context: Context | None = None
+        self._loop = loop
+        self._memory = memory
+        self._result: int | None = None
+        self.cached = False
+
+    def __await__(self) -> Generator["Read", None, int]:
+        """Return the number of bytes, maybe fewer than wanted, or a negative errno.
+
+        That is as pread(2), but nothing is raised.
+        """
+        if self._result is None:
+            self._asyncio_future_blocking = True
+            yield self
+        return self.result()
+
+    def get_loop(self) -> asyncio.AbstractEventLoop:
+        """See `asyncio.Future.get_loop`."""
+        return self._loop
+
+    def result(self) -> int:
+        """See `asyncio.Future.result`."""
+        if self._result is None:
+            raise asyncio.InvalidStateError("the read is under way")
+        return self._result
+
+    def cancel(self, msg: object = None) -> bool:
+        """Refuse: the kernel goes on with the caller's buffer."""
+        return False
+
+    def add_done_callback(
+        self, callback: "Callable[[Read], object]", *, context: Context | None = None
+    ) -> None:
+        """See `asyncio.Future.add_done_callback`; there can be only one."""
+        self._callback = callback
+        self._context = context
+
+    def settle(self, result: int) -> None:
+        """Be done; to be called from the loop itself."""
+        self._result = result
+        callback = self._callback
+        if callback is None:
+            return
+        if self._context is not None:  # a task
+            self._loop.call_soon(callback, self, context=self._context)
+            return
+        try:
+            callback(self)
+        except Exception as error:  # noqa: BLE001 -- told as the loop tells of its callbacks
+            self._loop.call_exception_handler(
+                {"message": f"error in {callback!r}", "exception": error}
+            )
 
 
 class Ring:
@@ -93,7 +180,9 @@ class Ring:
         self._submitted = 0  # those the kernel has
         self._taken = 0  # completions, ever
         # by number of the entry: the buffer must live until the kernel is done with it
-        self._waiting: dict[int, tuple[Call[int], object]] = {}
+        self._waiting: dict[int, Read] = {}
+        self._complete: list[tuple[Read, int]] = []  # to be settled in this turn
+        self._scheduled = False  # `_end_turn` will be called
         loop.add_reader(self._fd, self._collect)
 
     @property
@@ -104,15 +193,10 @@ class Ring:
     @property
     def idle(self) -> bool:
         """Whether nothing is in flight."""
-        return not self._waiting
+        return not self._waiting and not self._complete
 
-    def read(self, fd: int, offset: int, view: memoryview) -> Call[int]:
-        """Read at `offset` of `fd`, which stays open until the call is done.
-
-        Returns:
-            Will have the number of bytes, which may be less than wanted, or a negative
-            errno: as pread(2), but nothing is raised.
-        """
+    def read(self, fd: int, offset: int, view: memoryview) -> Read:
+        """Read at `offset` of `fd`, which stays open until the call is done."""
         memory = ctypes.c_char.from_buffer(view)
         number = self._put
         _SQE.pack_into(
@@ -128,38 +212,58 @@ class Ring:
             0,
             number,
         )
-        call: Call[int] = Call(loop=self.loop)
-        self._waiting[number] = (call, memory)
-        if number == self._submitted:
-            self.loop.call_soon(self._submit)
+        self._waiting[number] = call = Read(self.loop, memory)
         self._put = number + 1
+        if not self._scheduled:
+            self._scheduled = True
+            self.loop.call_soon(self._end_turn)
+        if number - self._submitted >= _BATCH - 1:
+            self._submit()
         return call
+
+    def _end_turn(self) -> None:
+        """Hand over the last ones, and settle what was complete at once."""
+        self._scheduled = False
+        if self._put != self._submitted:
+            self._submit()
+        self._collect()
 
     def _submit(self) -> None:
         """Hand over what was put since the last time."""
+        first = self._submitted
+        wanted = self._put - first
         self._words[self._sq_tail] = self._put & _COUNTER
-        wanted = self._put - self._submitted
         accepted = max(0, _syscall(_ENTER, self._fd, wanted, 0, 0, 0, 0))
         self._submitted += accepted
         if accepted < wanted:
             # memory is short, say: the rest was not begun, and a thread can do it
             self._words[self._sq_tail] = self._submitted & _COUNTER
             for number in range(self._submitted, self._put):
-                self._waiting.pop(number)[0].set_result(0)
+                self._complete.append((self._waiting.pop(number), 0))
             self._put = self._submitted
-        self._collect()  # some were cached meanwhile
+        self._take(first)
 
-    def _collect(self) -> None:
-        """Settle what is complete."""
+    def _take(self, first: int) -> None:
+        """Take what is complete from the queue; what is `cached` has number `first` or more."""
         words = self._words
         taken, end = self._taken, words[self._cq_tail]
         while taken != end:
             place = self._cqes + (taken & self._cq_mask) * _CQE.size
             number, result, _ = _CQE.unpack_from(self._rings, place)
-            self._waiting.pop(number)[0].set_result(result)
+            call = self._waiting.pop(number)
+            if number >= first:
+                call.cached = True
+            self._complete.append((call, result))
             taken = taken + 1 & _COUNTER
         self._taken = taken
         words[self._cq_head] = taken
+
+    def _collect(self) -> None:
+        """Settle what is complete."""
+        self._take(self._put)
+        complete, self._complete = self._complete, []
+        for call, result in complete:
+            call.settle(result)
 
     def close(self) -> None:
         """Give the memory back; nothing may be in flight, and the loop be closed."""
