@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 
 from nbdserve.block.dirty_bitmap import DirtyBitmap
@@ -182,8 +182,12 @@ class Qcow2Image(MappedImage):
             ):
                 async with self._changing_bitmaps() as changes:
                     await changes.store(self._bitmaps.found)
-        finally:
-            await super()._close_space(space)
+        except BaseException:
+            # what else fails now only follows from it
+            with suppress(OSError, ImageError):
+                await super()._close_space(space)
+            raise
+        await super()._close_space(space)
 
     # -- snapshots
 

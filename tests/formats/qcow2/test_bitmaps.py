@@ -347,6 +347,20 @@ async def test_calls_that_fail_while_it_is_stored(tmp_path: Path, seed: int) -> 
             assert await dirty(again) == [(MIB, 8192)]
 
 
+@pytest.mark.parametrize("number", range(5))
+async def test_closing_says_what_failed_first(tmp_path: Path, number: int) -> None:
+    """Not that nothing more is written after that, as with a header that is in doubt."""
+    path = marked(tmp_path, options="cluster_size=4k", granularity="4k")
+    disk = await open_bytes(tmp_path, path.read_bytes())
+    await disk.write(MIB, b"x" * 5000)
+    await disk.image.flush()
+    disk.storage.calls = 0
+    disk.storage.fault = Fault(at=number, error=28, kinds=frozenset({"write"}))
+    with pytest.raises(OSError, match=r"^\[Errno 28\]"):
+        await disk.image.close()
+    assert disk.storage.failed == ["write"]
+
+
 async def test_names_and_sizes_that_cant_be(tmp_path: Path) -> None:
     path = marked(tmp_path)
     async with opened(path) as image:
