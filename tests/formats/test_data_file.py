@@ -24,6 +24,7 @@ from nbdserve.formats.open import open_image
 from nbdserve.formats.qcow2.extensions import EXTENSION_DATA_FILE
 from nbdserve.formats.qcow2.image import Qcow2Image
 from nbdserve.storage.file import FileStorage
+from tests.helpers.encrypted import patiently
 from tests.helpers.tools import run
 
 KIB = 1 << 10
@@ -616,7 +617,8 @@ async def test_encrypted_data_in_a_file_of_their_own(tmp_path: Path, raw: str) -
     secret = ["--object", "secret,id=s,data=abc"]
     luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
     options = f"data_file=disk.raw,data_file_raw={raw},{luks}"
-    run("qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options, path, "2M")
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", *secret, "-o", options]
+    patiently(*create, path, "2M")
     opened = f"driver=qcow2,file.filename={path},encrypt.key-secret=s"
     run("qemu-io", *secret, "--image-opts", opened, "-c", "write -P 7 0 2M")
     expected = bytearray(b"\x07" * 2 * MIB)

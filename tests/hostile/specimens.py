@@ -8,6 +8,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
+from tests.helpers.encrypted import patiently
 from tests.helpers.tools import run
 
 KIB = 1 << 10
@@ -112,7 +113,7 @@ def _luks(folder: Path) -> Path:
     argv = ["qemu-img", "create", "-q", "-f", "qcow2"]
     argv += ["--object", f"secret,id=s,file={secret}"]
     options = "cluster_size=4k,encrypt.format=luks,encrypt.key-secret=s"
-    run(*argv, "-o", f"{options},encrypt.iter-time=10", path, str(SIZE))
+    patiently(*argv, "-o", f"{options},encrypt.iter-time=10", path, str(SIZE))
     return path
 
 

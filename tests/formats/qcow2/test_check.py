@@ -17,6 +17,7 @@ from nbdserve.errors import ImageCorruptError, ImageError
 from nbdserve.formats.check import check_image
 from nbdserve.formats.check_result import MAX_MESSAGES, CheckResult
 from nbdserve.formats.qcow2.header import parse_header
+from tests.helpers.encrypted import patiently
 from tests.helpers.tools import run
 
 COPIED = 1 << 63
@@ -103,26 +104,12 @@ def test_text_says_what_qemu_says(tmp_path: Path) -> None:
     assert ours(path).as_text() == run("qemu-img", "check", path)
 
 
-def create_luks(path: Path, secret: str, options: str) -> None:
-    """Create an encrypted image; the tool times its key derivation, and may give up."""
-    create = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret]
-    for attempt in range(8):
-        path.unlink(missing_ok=True)
-        try:
-            run(*create, "-o", options, path, "1M")
-        except AssertionError as error:
-            # where others use the processor
-            if "accurate CPU usage" not in str(error) or attempt == 7:
-                raise
-        else:
-            return
-
-
 def test_other_clusters_than_the_guests(tmp_path: Path) -> None:
     secret = "secret,id=s,data=abc"
     luks = "encrypt.format=luks,encrypt.key-secret=s,encrypt.iter-time=10"
     path = tmp_path / "luks.qcow2"
-    create_luks(path, secret, luks)
+    create = ["qemu-img", "create", "-q", "-f", "qcow2", "--object", secret]
+    patiently(*create, "-o", luks, path, "1M")
     # qemu-img wants the key even for a check.
     result = ours(path)
     assert (result.corruptions, result.leaks) == (0, 0)
