@@ -166,6 +166,26 @@ def test_resize_has_the_option_that_it_names(
     assert (folder / "raw").stat().st_size == 2 << 20
 
 
+def assert_described(
+    command: str,
+    path: Path,
+    problem: str,
+    permission: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Assert that only what reads the disk needs a permission, and says which."""
+    words, failed = DESCRIBING[command]
+    code, out, err = answer([*words, "--json"], str(path), capsys)
+    if command in READING:
+        assert (code, out) == (failed, "")
+        assert err.startswith(f"nbdserve: {path}: {problem}")
+        assert permission[0] in err
+        words = [*words, *permission]
+        code, out, err = answer([*words, "--json"], str(path), capsys)
+    assert (code, err) == (0, "")
+    json.loads(out)
+
+
 @pytest.mark.parametrize("command", DESCRIBING)
 def test_an_encrypted_image(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -173,18 +193,8 @@ def test_an_encrypted_image(
     """What is in the header needs no passphrase; what it lacks, it names."""
     secret, path = secret_file(tmp_path), tmp_path / "disk"
     create_luks(path, 1 << 20)
-    words, failed = DESCRIBING[command]
-    code, out, err = answer([*words, "--json"], str(path), capsys)
-    if command not in READING:
-        assert (code, err) == (0, "")
-    else:
-        assert (code, out) == (failed, "")
-        assert err.startswith(f"nbdserve: {path}: is encrypted")
-        assert "--secret-file" in err
-        words = [*words, "--secret-file", str(secret)]
-        code, out, err = answer([*words, "--json"], str(path), capsys)
-        assert (code, err) == (0, "")
-    json.loads(out)
+    permission = ["--secret-file", str(secret)]
+    assert_described(command, path, "is encrypted", permission, capsys)
 
 
 @pytest.mark.parametrize("command", DESCRIBING)
@@ -195,14 +205,5 @@ def test_an_image_with_a_data_file(
     run(
         "qemu-img", "create", "-q", "-f", "qcow2", "-o", f"data_file={data}", path, "1M"
     )
-    words, failed = DESCRIBING[command]
-    code, out, err = answer([*words, "--json"], str(path), capsys)
-    if command not in READING:
-        assert (code, err) == (0, "")
-    else:
-        assert (code, out) == (failed, "")
-        assert err.startswith(f"nbdserve: {path}: keeps its data in {data}")
-        words = [*words, "--allow-data-file", str(data)]
-        code, out, err = answer([*words, "--json"], str(path), capsys)
-        assert (code, err) == (0, "")
-    json.loads(out)
+    permission = ["--allow-data-file", str(data)]
+    assert_described(command, path, f"keeps its data in {data}", permission, capsys)
