@@ -69,46 +69,84 @@ def unzstd(data: bytes | bytearray | memoryview, size: int) -> bytes:
 
 
 class Inflater:
-    """Decompresses clusters of one image, the last ones used from memory."""
+    """Decompresses clusters of one image, the last ones used from memory.
+
+    A cluster is named by its L2 entry, which says where its data are.
+    """
 
     def __init__(self, parts: Parts, decompress: Decompress) -> None:
         """`decompress` is what the image's compression type asks for."""
         self._storage = parts.storage
+        self._codec = parts.codec
         self._pins = parts.pins
         self._cluster_size = parts.geometry.cluster_size
         self._decompress = decompress
         self._most = max(1, _CACHE_BYTES // self._cluster_size)
-        self._kept: OrderedDict[int, bytes] = OrderedDict()
+        self._kept: OrderedDict[int, memoryview] = OrderedDict()
         self._busy: Turnstile[int] = Turnstile()
 
-    async def cluster(self, word: int, host_offset: int, length: int) -> bytes:
-        """Return the bytes of a compressed cluster.
+    def try_read(self, word: int, within: int, view: memoryview) -> bool:
+        """Fill `view` with a part of a cluster, or say False if that takes a wait.
 
         Args:
-            word: Its L2 entry, which names it in the cache.
-            host_offset: Bytes.
-            length: Bytes to read at most.
+            word: The L2 entry of the cluster.
+            within: Where in the cluster `view` begins, in bytes.
+            view: What to fill.
+
+        Raises:
+            ImageCorruptError: The data don't make exactly one cluster.
+        """
+        data = self._kept.get(word)
+        if data is not None:
+            self._kept.move_to_end(word)
+        else:
+            data = self._decompress_now(word)
+            if data is None:
+                return False
+            # Who reads all of it has no use for it any more. The memory is used again at
+            # once, while it is in the processor's cache: 59 instead of 73 us a cluster.
+            if len(view) < self._cluster_size:
+                self._keep(word, data)
+        view[:] = data[within : within + len(view)]
+        return True
+
+    async def read(self, word: int, within: int, view: memoryview) -> None:
+        """Fill `view` as `try_read` does, once whatever is needed for it is there.
 
         Raises:
             ImageCorruptError: The data don't make exactly one cluster.
             OSError: They can't be read.
         """
-        kept = self._kept.get(word)
-        if kept is not None:
-            self._kept.move_to_end(word)
-            return kept
         # Pinned while waiting too: if the one before fails, the data are read again.
         generation = self._pins.enter()
         try:
-            return await self._shared(word, host_offset, length)
+            data = await self._shared(word)
         finally:
             self._pins.leave(generation)
+        view[:] = data[within : within + len(view)]
 
     def forget(self, word: int) -> None:
         """Let an entry name other data from now on; nobody reads the old ones any more."""
         self._kept.pop(word, None)
 
-    async def _shared(self, word: int, host_offset: int, length: int) -> bytes:
+    def _keep(self, word: int, data: memoryview) -> None:
+        self._kept[word] = data
+        if len(self._kept) > self._most:
+            self._kept.popitem(last=False)
+
+    def _decompress_now(self, word: int) -> memoryview | None:
+        """Decompress a small cluster whose data are in the page cache."""
+        if self._cluster_size > _INLINE:
+            return None
+        host_offset, data = self._room(word)
+        if not self._storage.try_read(host_offset, memoryview(data)):
+            return None
+        try:
+            return memoryview(self._decompress(data, self._cluster_size))
+        except ValueError as error:
+            raise self._broken(host_offset, error) from error
+
+    async def _shared(self, word: int) -> memoryview:
         """Wait for whoever decompresses this cluster already, or do it."""
         while word in self._busy:
             await self._busy.wait(word)
@@ -117,30 +155,38 @@ class Inflater:
                 return kept
         self._busy.enter(word)
         try:
-            result = await self._load(host_offset, length)
-            self._kept[word] = result
-            if len(self._kept) > self._most:
-                self._kept.popitem(last=False)
+            result = memoryview(await self._load(word))
+            self._keep(word, result)
         finally:
             self._busy.leave(word)
         return result
 
-    async def _load(self, host_offset: int, length: int) -> bytes:
+    async def _load(self, word: int) -> bytes:
+        host_offset, data = self._room(word)
+        view = memoryview(data)
+        try:
+            if self._cluster_size <= _INLINE:
+                # they were not in the page cache
+                await self._storage.read(host_offset, view)
+                return self._decompress(data, self._cluster_size)
+            if not self._storage.try_read(host_offset, view):
+                await self._storage.read(host_offset, view)
+            return await run(self._decompress, data, self._cluster_size)
+        except ValueError as error:
+            raise self._broken(host_offset, error) from error
+
+    def _room(self, word: int) -> tuple[int, bytearray]:
+        """Return where the data of a cluster begin, and room for them."""
+        host_offset, length = self._codec.compressed_extent(word)
         if host_offset >= self._storage.size:
             raise ImageCorruptError(
                 f"{self._storage.name}: the compressed cluster at {host_offset:#x} "
                 "lies past the end of the file"
             )
-        data = bytearray(min(length, self._storage.size - host_offset))
-        view = memoryview(data)
-        try:
-            if not self._storage.try_read(host_offset, view):
-                await self._storage.read(host_offset, view)
-            if self._cluster_size <= _INLINE:
-                return self._decompress(data, self._cluster_size)
-            return await run(self._decompress, data, self._cluster_size)
-        except ValueError as error:
-            raise ImageCorruptError(
-                f"{self._storage.name}: the compressed cluster at {host_offset:#x} "
-                f"can't be decompressed ({error})"
-            ) from error
+        return host_offset, bytearray(min(length, self._storage.size - host_offset))
+
+    def _broken(self, host_offset: int, error: ValueError) -> ImageCorruptError:
+        return ImageCorruptError(
+            f"{self._storage.name}: the compressed cluster at {host_offset:#x} "
+            f"can't be decompressed ({error})"
+        )

@@ -37,7 +37,6 @@ class Reader:
         geometry = parts.geometry
         self._data = parts.data
         self._cipher = parts.cipher
-        self._codec = parts.codec
         self._cached = parts.tables.cached
         self._l1 = parts.tables.l1
         self._mapping = mapping
@@ -67,6 +66,12 @@ class Reader:
                     await self._read_slowly(host_offset, buffer)
                 if self._cipher is not None:
                     await self._cipher.decrypt(buffer, offset, host_offset)
+                return ()
+            if kind == COMPRESSED:
+                table.recent = True
+                word = table.words[index]
+                if not self._inflater.try_read(word, within, buffer):
+                    await self._inflater.read(word, within, buffer)
                 return ()
         else:
             kind = UNKNOWN if self._l1.words[number] else UNALLOCATED
@@ -114,10 +119,9 @@ class Reader:
         if run.kind == UNALLOCATED and self._backing is not None:
             return await self.read_backing(self._backing, guest_offset, view)
         if run.kind == COMPRESSED:
-            host_offset, length = self._codec.compressed_extent(run.word)
-            data = await self._inflater.cluster(run.word, host_offset, length)
             within = guest_offset & (self._cluster_size - 1)
-            view[:] = memoryview(data)[within : within + len(view)]
+            if not self._inflater.try_read(run.word, within, view):
+                await self._inflater.read(run.word, within, view)
             return ()
         if run.kind == BAD:
             raise self._mapping.corrupt(guest_offset, run.word, "is not valid")

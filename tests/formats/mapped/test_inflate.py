@@ -131,6 +131,23 @@ async def test_one_inflate_per_cluster_whoever_waits(
     await compressed.image.close()
 
 
+async def test_a_cluster_is_kept_if_only_a_part_of_it_was_read(tmp_path: Path) -> None:
+    path = convert(tmp_path, DATA * 64, compressed=True)
+    disk = await open_bytes(tmp_path, path.read_bytes())
+    counter = Counter(disk)
+    size = disk.image._parts.geometry.cluster_size
+    whole = (DATA * 64)[:size]
+    for calls in (1, 2):
+        assert await disk.image.read(0, size) == whole
+        assert counter.calls == calls, "nobody comes back for it"
+    for _ in range(2):
+        assert await disk.image.read(size + 100, 10) == whole[100:110]
+    assert counter.calls == 3
+    assert await disk.image.read(size, size) == whole
+    assert counter.calls == 3, "what is there is used"
+    await disk.image.close()
+
+
 async def test_clusters_are_kept_within_bounds(
     compressed: Disk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -199,14 +216,14 @@ async def test_nothing_is_used_again_while_somebody_may_still_read_it(
     load, turns = inflater._load, [asyncio.Event(), asyncio.Event()]
     loads = 0
 
-    async def slowly(host_offset: int, length: int) -> bytes:
+    async def slowly(word: int) -> bytes:
         nonlocal loads
         loads += 1
         number = loads
         await turns[number - 1].wait()
         if number == 1:
             raise OSError(5, "the first one fails")
-        return await load(host_offset, length)
+        return await load(word)
 
     inflater._load = slowly  # type: ignore[method-assign]
     first = asyncio.create_task(image.read(0, 64))
