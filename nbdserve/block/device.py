@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from errno import EINVAL, ENOTSUP
 
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan
+from nbdserve.block.loan import Loan, Piece
 from nbdserve.errors import RequestError
 
 #: A range of a read buffer that is a hole: offset within the buffer, length.
@@ -91,6 +91,21 @@ class BlockDevice(ABC):
 
         Returns:
             None unless all of it is plain data in the page cache: then read it.
+        """
+        return None
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """Tell where the first bytes of a write can be put; see `loan.py`.
+
+        The caller puts them there, some of them or none, before anything else happens, and
+        asks again for the next ones. They count as written.
+
+        Args:
+            offset: Bytes; the range is on the disk.
+            length: Bytes, at least 1.
+
+        Returns:
+            None unless that is all there is to writing them, and quick: then `write`.
         """
         return None
 

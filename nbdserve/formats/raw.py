@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan
+from nbdserve.block.loan import Loan, Piece
 from nbdserve.errors import ConfigError, RequestError
 from nbdserve.formats.preallocation import write_zeros
 from nbdserve.storage.base import Storage
@@ -66,6 +66,13 @@ class RawImage(BlockDevice):
         if not self._storage.is_cached(offset, length):
             return None
         return Loan([(self._storage, offset, length)])
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """Say the file itself, as long as writing to it is quick."""
+        unfit = self.read_only or self._sync_failed or self._writethrough
+        if unfit or not self._storage.takes_pipes():
+            return None
+        return self._storage, offset, length
 
     async def _read(self, offset: int, buffer: memoryview) -> None:
         if buffer and not self._storage.try_read(offset, buffer):

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import socket
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from time import perf_counter
 from typing import Final
 
@@ -20,6 +20,7 @@ from structlog.typing import FilteringBoundLogger
 from nbdserve.errors import ProtocolError
 from nbdserve.exports.export import Export
 from nbdserve.server.buffers import Buffer
+from nbdserve.server.intake import Intake
 from nbdserve.server.outbox import Outbox
 from nbdserve.server.session import Session
 from nbdserve.server.shared import Shared
@@ -68,18 +69,6 @@ _DISC: Final = int(Command.DISC)
 _SHUTTING_DOWN: Final = "server shutting down"
 _PAYLOAD_LEN: Final = int(CommandFlag.PAYLOAD_LEN)
 _Judge = Callable[[ExportFacts, int, int, int, int], Refusal | None]
-
-
-@dataclass(slots=True)
-class _Payload:
-    """A write whose payload is still arriving."""
-
-    flags: int
-    cookie: int
-    offset: int
-    length: int
-    buffer: Buffer
-    received: int
 
 
 class Connection:
@@ -139,9 +128,11 @@ class Connection:
             self._judge = self._judge_and_log
         self._rest = b""  # received, but not carried out
         self._cut_short = False  # there are complete requests in it
+        self._receive_next = _RECEIVE
         self._starved = False  # a large request has to wait for memory
-        self._payload: _Payload | None = None
-        self._bytes_taken = 0  # of long payloads, ever
+        self._intake = Intake(
+            sock, self.session, shared.incoming.pool, shared.pipe, shared.budget
+        )
         self._peer_watch = PeerWatch(shared.limits, loop.time())
         self._drain_left = 0  # bytes of the payload of a refused write
         self._reading = False  # the loop watches the socket
@@ -195,7 +186,7 @@ class Connection:
         reason = watch.stall(
             now_s,
             held=self._held(),
-            moved=self._bytes_taken + self._outbox.bytes_unblocked,
+            moved=self._intake.bytes_taken + self._outbox.bytes_unblocked,
             memory_is_short=self._budget.exhausted,
         )
         if reason is not None:
@@ -212,8 +203,8 @@ class Connection:
     def _held(self) -> int:
         """Return the bytes that are held until the peer moves."""
         held = self._outbox.bytes_queued if self._outbox.blocked else 0
-        if self._payload is not None and self._reading:
-            held += self._payload.length
+        if self._reading:
+            held += self._intake.bytes_held
         return held
 
     # When to take a turn
@@ -324,8 +315,8 @@ class Connection:
         """Receive, carry out, send."""
         self._outbox.begin()
         try:
-            if self._payload is not None:
-                self._receive_payload(self._payload)
+            if self._intake.busy:
+                self._receive_payload()
             else:
                 self._receive()
         finally:
@@ -348,7 +339,7 @@ class Connection:
             self._rest = b""
         if not self._cut_short:
             try:
-                received = self._socket.recv_into(view[end : end + _RECEIVE])
+                received = self._socket.recv_into(view[end : end + self._receive_next])
             except (BlockingIOError, InterruptedError):
                 received = 0
             else:
@@ -356,6 +347,7 @@ class Connection:
                     self._end_of_stream(bool(rest))
             end += received
         self._cut_short = False
+        self._receive_next = _RECEIVE
         position = self._carry_out(buffer, start, end)
         if buffer.pins > 1:
             buffer.position = position  # a write that waits has its payload in there
@@ -492,48 +484,30 @@ class Connection:
         Returns:
             Whether what is there of it was taken.
         """
-        if length <= _LARGE or self._starves():
+        if length <= _LARGE:
             return False
-        buffer = self._shared.incoming.pool.take(length)
-        buffer.view[: len(first)] = first
-        self._budget.take(length)
-        self._payload = _Payload(flags, cookie, offset, length, buffer, len(first))
+        if self._intake.begin_in_place(flags, cookie, offset, length, first):
+            return True
+        if self._starves():
+            return False
+        self._intake.begin(flags, cookie, offset, length, first)
         return True
 
-    def _receive_payload(self, payload: _Payload) -> None:
+    def _receive_payload(self) -> None:
         """Receive a long payload where the disk takes it from, then write it."""
-        view = payload.buffer.view
-        enough = min(payload.length, payload.received + self._limits.turn_bytes)
-        try:
-            while payload.received < enough:
-                received = self._socket.recv_into(
-                    view[payload.received : payload.length]
-                )
-                if not received:
-                    self._end_of_stream(inside_request=True)
-                    return
-                payload.received += received
-                self._bytes_taken += received
-        except (BlockingIOError, InterruptedError):
+        self._cut_short = False
+        left = self._intake.receive(self._limits.turn_bytes)
+        if left is None:
+            self._end_of_stream(inside_request=True)
             return
-        if payload.received == payload.length:
-            self.session.counters.requests += 1
-            self.session.write(
-                payload.flags,
-                payload.cookie,
-                payload.offset,
-                view[: payload.length],
-                payload.buffer,
-            )
-            self._drop_payload()
+        self._drain_left = left
+        if self._intake.starved:
+            self._starves()
+        elif not self._intake.busy:
+            # Most likely another one follows, whose payload is not to be received here.
+            self._receive_next = self._header_size if self._intake.spliced else _RECEIVE
             if isinstance(self._socket, TlsSocket) and self._socket.pending():
                 self._continue_soon()  # the rest of a record is in memory: no event
-
-    def _drop_payload(self) -> None:
-        if self._payload is not None:
-            self._budget.give_back(self._payload.length)
-            self._payload.buffer.unpin()
-            self._payload = None
 
     # The end
 
@@ -552,7 +526,7 @@ class Connection:
         if self._ended is None:
             self._ended = reason
             self._unwatch()
-            self._drop_payload()
+            self._intake.drop()
             self._rest = b""
             self._budget.forget(self._on_progress)
 

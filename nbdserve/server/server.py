@@ -24,6 +24,7 @@ from nbdserve.server.buffers import BufferPool
 from nbdserve.server.bulk import Turnstile
 from nbdserve.server.busy_poll import BusyPoll
 from nbdserve.server.connection import RECEIVE_ARENA, Connection
+from nbdserve.server.intake import Pipe
 from nbdserve.server.limits import Limits
 from nbdserve.server.line import Line
 from nbdserve.server.listeners import Endpoint, Listener
@@ -154,6 +155,7 @@ class Server:
             outgoing=Arena(self._pool, REPLY_ARENA),
             budget=Budget(self._limits.total_bytes_in_flight),
             turnstile=Turnstile(self._loop),
+            pipe=Pipe(),
             busy_poll=BusyPoll(self._loop, self._limits.busy_poll_s),
         )
         self._lobby = Lobby(
@@ -552,6 +554,7 @@ class Server:
         await asyncio.gather(*self._clients, return_exceptions=True)
         self._shared.incoming.close()
         self._shared.outgoing.close()
+        self._shared.pipe.close()
 
     async def _close_devices(self) -> None:
         """Close every device, also after one has failed."""

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from structlog.typing import FilteringBoundLogger
 
-from nbdserve.block.device import Hole
+from nbdserve.block.device import BlockDevice, Hole
+from nbdserve.block.loan import Piece
 from nbdserve.errors import ImageError
 from nbdserve.exports.export import Export
 from nbdserve.observe.counters import ConnectionCounters
@@ -94,6 +95,27 @@ class _Waiting:
         return 0 if self.buffer is None else self.length
 
 
+@dataclass(slots=True)
+class Begun:
+    """A write of which a part is on a disk before the rest has arrived.
+
+    It ends on the disk on which it has begun.
+
+    Attributes:
+        device: That disk.
+        disk: The same by number.
+        written: Bytes at the beginning of the request that are there.
+    """
+
+    device: BlockDevice
+    disk: int
+    written: int = 0
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """Ask where the next bytes of the request can be put (`BlockDevice.place`)."""
+        return self.device.place(offset + self.written, length - self.written)
+
+
 class Session:
     """The requests of one connection.
 
@@ -106,6 +128,7 @@ class Session:
     __slots__ = (
         "_answers",
         "_arena",
+        "_begun",
         "_budget",
         "_contexts",
         "_device",
@@ -163,7 +186,7 @@ class Session:
         self.counters = ConnectionCounters()
         self.in_flight = 0
         self.bytes_in_flight = 0
-        self._disk = self._on_old = 0
+        self._disk = self._on_old = self._begun = 0
         self._left_old: asyncio.Future[None] | None = None
         self.attach(export)
 
@@ -171,7 +194,7 @@ class Session:
         """Carry out requests on the disk that an export has now."""
         self._device = export.device
         self._disk += 1
-        self._on_old = self.in_flight
+        self._on_old = self.in_flight + self._begun
         self._contexts = [
             (context.context_id, export.contexts[context.name])
             for context in self._selected
@@ -183,6 +206,23 @@ class Session:
         while self._on_old:
             self._left_old = self._loop.create_future()
             await self._left_old
+
+    def begin(self) -> Begun:
+        """Begin a write on the disk that there is now; `leave` ends that."""
+        self._begun += 1
+        return Begun(self._device, self._disk)
+
+    def leave(self, begun: Begun) -> None:
+        """Do nothing more with a write that was begun."""
+        self._begun -= 1
+        self._leave(begun.disk)
+
+    def _leave(self, disk: int) -> None:
+        """Note that a request has ended that was for a disk of this number."""
+        if disk != self._disk:
+            self._on_old -= 1
+            if self._left_old is not None and not self._left_old.done():
+                self._left_old.set_result(None)
 
     def read(self, flags: int, cookie: int, offset: int, length: int) -> None:
         """Carry out NBD_CMD_READ. The data lands where it is sent from, if it moves at all."""
@@ -243,7 +283,13 @@ class Session:
         return True
 
     def write(
-        self, flags: int, cookie: int, offset: int, payload: memoryview, buffer: Buffer
+        self,
+        flags: int,
+        cookie: int,
+        offset: int,
+        payload: memoryview,
+        buffer: Buffer,
+        begun: Begun | None = None,
     ) -> None:
         """Carry out NBD_CMD_WRITE.
 
@@ -253,8 +299,13 @@ class Session:
             offset: Of the request.
             payload: The data, a part of `buffer`.
             buffer: Pinned by the caller for as long as this call takes.
+            begun: If the beginning of the request is on a disk already, so that
+                `payload` is the rest.
         """
-        coroutine = self._device.write(offset, payload, fua=bool(flags & _FUA))
+        if begun is None:
+            coroutine = self._device.write(offset, payload, fua=bool(flags & _FUA))
+        else:
+            coroutine = begun.device.write(offset + begun.written, payload)
         try:
             waits_for = coroutine.send(None)
         except StopIteration:
@@ -274,7 +325,18 @@ class Session:
                 coroutine,
                 waits_for,
                 _Waiting(_WRITE, flags, cookie, offset, len(payload), buffer),
+                begun,
             )
+
+    def written(self, cookie: int, offset: int, length: int) -> None:
+        """Answer a write that was begun and is on the disk."""
+        self.counters.bytes_written += length
+        self._outbox.put(self._answers.done(cookie, offset))
+
+    def write_failed(self, cookie: int, offset: int, failure: OSError) -> None:
+        """Answer a write that was begun and has failed."""
+        self.counters.requests += 1
+        self._outbox.put(self._failed(_WRITE, cookie, offset, failure))
 
     def other(
         self, command: int, flags: int, cookie: int, offset: int, length: int
@@ -341,13 +403,20 @@ class Session:
         self._outbox.put(self._answers.error(cookie, offset, error, text))
 
     def _wait(
-        self, coroutine: Coroutine[Any, Any, Any], waits_for: object, request: _Waiting
+        self,
+        coroutine: Coroutine[Any, Any, Any],
+        waits_for: object,
+        request: _Waiting,
+        begun: Begun | None = None,
     ) -> None:
         """Go on with a request when what it waits for is done."""
         self.in_flight += 1
         self.bytes_in_flight += request.bytes_held
         self._budget.take(request.bytes_held)
         request.disk = self._disk
+        if begun is not None and begun.disk != self._disk:
+            request.disk = begun.disk
+            self._on_old += 1
         go_on(self._loop, coroutine, waits_for, partial(self._finished, request))
 
     def _finished(
@@ -356,10 +425,7 @@ class Session:
         """Answer a request that had to wait."""
         self.in_flight -= 1
         self.bytes_in_flight -= request.bytes_held
-        if request.disk != self._disk:
-            self._on_old -= 1
-            if self._left_old is not None and not self._left_old.done():
-                self._left_old.set_result(None)
+        self._leave(request.disk)
         buffer = request.buffer
         outbox = self._outbox
         cookie, offset = request.cookie, request.offset

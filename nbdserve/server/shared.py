@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from nbdserve.server.budget import Budget
 from nbdserve.server.bulk import Turnstile
 from nbdserve.server.busy_poll import BusyPoll
+from nbdserve.server.intake import Pipe
 from nbdserve.server.limits import Limits
 from nbdserve.server.outbox import Arena
 
@@ -19,6 +20,7 @@ class Shared:
         outgoing: Where replies are put together.
         budget: Bytes in flight of all.
         turnstile: Where very large reads take turns.
+        pipe: Brings payloads from sockets to files.
         busy_poll: Keeps the loop awake for the next request.
     """
 
@@ -27,4 +29,5 @@ class Shared:
     outgoing: Arena
     budget: Budget
     turnstile: Turnstile
+    pipe: Pipe
     busy_poll: BusyPoll

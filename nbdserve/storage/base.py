@@ -68,6 +68,18 @@ class Storage(ABC):
                 failed `flush`.
         """
 
+    def takes_pipes(self) -> bool:
+        """Return whether `write_piped` is possible, and would most likely not wait."""
+        return False
+
+    def write_piped(self, offset: int, pipe_fd: int, length: int) -> None:
+        """Write `length` bytes that are in a pipe, at once.
+
+        Raises:
+            OSError: Some of them may be written, some may be left in the pipe.
+        """
+        raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP), self.name)
+
     async def put(self, offset: int, data: Buffer) -> None:
         """Write all of `data`: at once if that is possible, else in a thread."""
         if not self.try_write(offset, data):

@@ -11,7 +11,7 @@ from typing import Any
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan
+from nbdserve.block.loan import Loan, Piece
 
 
 class DirtyTracking(BlockDevice):
@@ -69,6 +69,13 @@ class DirtyTracking(BlockDevice):
     def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
         """Lend from the disk below."""
         return self._device.lend(offset, length, for_good=for_good)
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """Ask the disk below, and mark what may be put there."""
+        place = self._device.place(offset, length)
+        if place is not None:
+            self._mark(offset, place[2])
+        return place
 
     def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False

@@ -11,6 +11,7 @@ from typing import Final
 
 from nbdserve.block.device import BlockDevice
 from nbdserve.block.layers.window import Window
+from nbdserve.block.loan import Piece
 from nbdserve.errors import RequestError
 
 _SECTOR: Final = 512
@@ -39,6 +40,10 @@ class Guarded(Window):
         """Guard a disk, which is closed with this one."""
         super().__init__(device)
         self._changing = asyncio.Lock()  # two halves of a magic are one after the other
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """Ask the disk below, but for what is judged before."""
+        return super().place(offset, length) if offset >= _SECTOR else None
 
     async def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False

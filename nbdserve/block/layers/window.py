@@ -9,7 +9,7 @@ from typing import Any
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan
+from nbdserve.block.loan import Loan, Piece
 from nbdserve.errors import ConfigError
 
 
@@ -76,6 +76,10 @@ class Window(BlockDevice):
     def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
         """Lend from the disk below."""
         return self._device.lend(self._offset + offset, length, for_good=for_good)
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """Ask the disk below."""
+        return self._device.place(self._offset + offset, length)
 
     def write(
         self, offset: int, data: bytes | bytearray | memoryview, *, fua: bool = False

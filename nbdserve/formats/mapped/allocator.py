@@ -276,6 +276,9 @@ class Allocator:
         try:
             if kind in (NORMAL, SPLIT):
                 await self._look_at_owner(table, index)
+                within = guest_offset & (geometry.cluster_size - 1)
+                more = within + len(data) - 1 >> geometry.cluster_bits
+                self._claim_known(table, index + 1, more)
                 return 0
             if kind in (UNPUBLISHED, SPLIT_UNPUBLISHED, SPLIT_OWNED):
                 return await self._write_in_place(
@@ -300,6 +303,35 @@ class Allocator:
             else:
                 kind = OWNED
             table.kinds[index] = kind if known == NORMAL else kind - WHOLE
+
+    def claim_known(self, guest_offset: int, length: int) -> None:
+        """Let plain clusters of a range count as our own of which memory tells that they are.
+
+        What it does not tell is looked up cluster by cluster when they are written.
+        """
+        geometry = self._geometry
+        table = self._tables.cached.get(guest_offset >> geometry.table_bits)
+        if table is not None:
+            first = guest_offset >> geometry.cluster_bits
+            last = guest_offset + length - 1 >> geometry.cluster_bits
+            index = first & (geometry.l2_entries - 1)
+            self._claim_known(table, index, last + 1 - first)
+
+    def _claim_known(self, table: Table, index: int, most: int) -> None:
+        """Look at neighbours in one go: 1 us for each, and one write for all of them."""
+        most = min(most, len(table.words) - index)
+        if most <= 0 or not table.owned or self._gate.closed or self._external:
+            return
+        if self._mapping.kind(table, index) != NORMAL:
+            return
+        count = self._mapping.alike(table, index, NORMAL, most)
+        host_offset = table.words[index] & self._codec.l2_offset_mask
+        cluster = (table.number << self._geometry.l2_bits) + index
+        for each in range(self._pool.surely_alone(host_offset, count)):
+            if cluster + each in self.busy:
+                return
+            held = self._commit.holds(table, index + each)
+            table.kinds[index + each] = UNPUBLISHED if held else OWNED
 
     def _claim(self, table: Table) -> None:
         """Let all clusters of a table count as its own, as those of a data file are."""

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan
+from nbdserve.block.loan import Loan, Piece
 from nbdserve.errors import RequestError
 from nbdserve.formats.crypto.luks import SECTOR
 from nbdserve.formats.mapped.allocator import Allocator
@@ -114,6 +114,12 @@ class MappedImage(BlockDevice):
         if offset < 0 or offset + len(data) > self.size:
             self.require_range(offset, len(data))
         return self._writes.write(offset, data, fua=fua)
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """See `BlockDevice.place`."""
+        if self._space is None or self._writes is not self._writer:
+            return None
+        return self._writer.place(offset, length)
 
     async def write_zeroes(
         self,

@@ -147,6 +147,13 @@ class Pool(ABC):
     async def references(self, host_offset: int) -> int:
         """Return how many entries name the cluster at `host_offset`."""
 
+    def surely_alone(self, host_offset: int, count: int) -> int:
+        """Return how many of neighbouring clusters one entry alone names, without waiting.
+
+        Only what is in memory counts, and what may be written to: 0 also means "not known".
+        """
+        return 0
+
     @abstractmethod
     async def _old_holes(
         self, most: int, known: list[tuple[int, int]]

@@ -1,8 +1,9 @@
 """Writing: in place where the cluster is ours alone, through the allocator elsewhere."""
 
+from nbdserve.block.loan import Piece
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
-from nbdserve.formats.mapped.entries import OWNED
+from nbdserve.formats.mapped.entries import NORMAL, OWNED
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts
 from nbdserve.storage.base import Buffer
@@ -70,6 +71,26 @@ class Writer:
             commit.check()
         if fua or commit.writethrough:
             await commit.flush()
+
+    def place(self, offset: int, length: int) -> Piece | None:
+        """See `BlockDevice.place`: clusters of our own, as in `write`."""
+        commit = self._commit
+        if (
+            commit.failed is not None
+            or commit.refusal is not None
+            or commit.writethrough
+            or self._cipher is not None
+            or not self._data.takes_pipes()
+        ):
+            return None
+        run = self._mapping.known_run(offset, offset + length)
+        if run is not None and run.kind == NORMAL:
+            self._allocator.claim_known(offset, run.length)
+            run = self._mapping.known_run(offset, offset + length)
+        if run is None or run.kind != OWNED:
+            return None
+        commit.dirty = True
+        return self._data, run.host_offset, run.length
 
     async def _write_slowly(self, host_offset: int, piece: memoryview) -> None:
         generation = self._pins.enter()

@@ -191,6 +191,26 @@ class RefcountedPool(Pool):
         block = await self._block(cluster >> self._block_bits)
         return block.get(cluster & (1 << self._block_bits) - 1) if block else 0
 
+    def surely_alone(self, host_offset: int, count: int) -> int:
+        """See `Pool`; as far as one refcount block goes."""
+        cluster = host_offset >> self._cluster_bits
+        block = self._blocks.get(cluster >> self._block_bits)
+        end = (cluster + count) << self._cluster_bits
+        if block is None or host_offset & self._cluster_size - 1 or not host_offset:
+            return 0
+        if end > self._storage.size:
+            return 0
+        first = cluster & (1 << self._block_bits) - 1
+        found = 0
+        for references in block.counts(
+            first, min(count, (1 << self._block_bits) - first)
+        ):
+            number = cluster + found
+            if references != 1 or number in self.metadata or number in self.tables:
+                break
+            found += 1
+        return found
+
     @asynccontextmanager
     async def unmoved(self) -> AsyncIterator[None]:
         """Keep the refcount table where it is, so that the header can be written anew."""
