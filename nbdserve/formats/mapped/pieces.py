@@ -63,8 +63,10 @@ class Pieces:
                 continue
             piece = memoryview(bytearray(stop - start))
             zeros &= await self._read_old(table, index, start, piece)
-            for begin, part in self.parts_of((1 << last) - (1 << first), within, data):
-                piece[begin - start : begin - start + len(part)] = part
+            begin, end = max(start, within), min(stop, within + len(data))
+            if begin < end:
+                part = data[begin - within : end - within]
+                piece[begin - start : end - start] = part
             pieces.append((start, piece))
         return pieces, zeros
 
@@ -92,4 +94,6 @@ class Pieces:
         # past the end of the disk there are zeros
         piece = piece[: max(geometry.size - start, 0)]
         holes = await self._reader.read_into(start, piece) if piece else ()
-        return sum(length for _, length in holes) == len(piece)
+        return not piece or (
+            bool(holes) and sum(length for _, length in holes) == len(piece)
+        )

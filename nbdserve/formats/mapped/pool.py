@@ -202,8 +202,13 @@ class Pool(ABC):
 
     def _low(self) -> bool:
         # Who takes soft clusters need not wait if the next barrier comes too late.
-        share = 8 if self._soft else 2
-        return sum(run.count for run in self._runs) < self._target // share
+        least = self._target >> (3 if self._soft else 1)
+        count = 0
+        for run in self._runs:
+            count += run.count
+            if count >= least:
+                return False
+        return True
 
     @property
     def _target(self) -> int:

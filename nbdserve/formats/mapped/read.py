@@ -58,7 +58,7 @@ class Reader:
         table = self._cached.get(number)
         if table is not None:
             index = (offset >> self._cluster_bits) & self._index_mask
-            kind = table.kinds[index]
+            kind = table.kinds[index] or self._mapping.kind(table, index)
             if kind >= NORMAL:
                 table.recent = True
                 host_offset = (table.words[index] & self._offset_mask) + within
