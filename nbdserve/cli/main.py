@@ -4,6 +4,7 @@ import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
+from importlib.machinery import ExtensionFileLoader, PathFinder
 
 from nbdserve import __version__
 from nbdserve.errors import ConfigError, NbdserveError
@@ -94,6 +95,13 @@ def explain(error: Exception) -> str:
     return " ".join(text.split())
 
 
+def _is_compiled() -> bool:
+    """Whether the modules that serve requests are extensions (deploy/compile.py)."""
+    wire = os.path.join(os.path.dirname(os.path.dirname(__file__)), "wire")
+    found = PathFinder.find_spec("requests", [wire])
+    return found is not None and isinstance(found.loader, ExtensionFileLoader)
+
+
 def _run(words: list[str]) -> int:
     if not words:
         print(_help_text(""), file=sys.stderr)
@@ -102,7 +110,8 @@ def _run(words: list[str]) -> int:
         print(_help_text(""))
         return OK
     if words[0] in {"-V", "--version"}:
-        print(f"nbdserve {__version__}")
+        how = "compiled" if _is_compiled() else "interpreted"
+        print(f"nbdserve {__version__} ({how})")
         return OK
     if words == ["image"]:
         print(_help_text("image "), file=sys.stderr)

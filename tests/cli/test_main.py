@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+import nbdserve as package
 from nbdserve import __version__
 from nbdserve.cli.main import COMMANDS, main
 
@@ -64,9 +65,15 @@ def test_help_loads_neither_the_engine_nor_structlog(words: list[str]) -> None:
     assert "nbdserve.cli.main" in loaded
 
 
-def test_the_version_is_the_packages() -> None:
+def test_the_version_is_the_packages_and_says_what_runs() -> None:
+    how = (
+        "compiled"
+        if list(Path(package.__file__).parent.glob("wire/requests.*.so"))
+        else "interpreted"
+    )
     result = nbdserve("--version")
-    assert (result.returncode, result.stdout) == (0, f"nbdserve {__version__}\n")
+    expected = f"nbdserve {__version__} ({how})\n"
+    assert (result.returncode, result.stdout) == (0, expected)
 
 
 def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:

@@ -51,6 +51,7 @@ from nbdserve.formats.mapped.pool import Grant
 from nbdserve.formats.mapped.read import Reader
 from nbdserve.formats.mapped.tables import Table, encode_entries
 from nbdserve.formats.mapped.waits import Turnstile
+from nbdserve.storage.base import Buffer
 
 
 class Step(Enum):
@@ -97,7 +98,7 @@ class DataAllocation:
 
     table: Table
     index: int
-    data: memoryview
+    data: Buffer
     within: int
     grant: Grant
     hold: bool
@@ -514,7 +515,7 @@ class Allocator:
 
     async def _data_alloc(self, allocation: DataAllocation, *, old_shows: bool) -> None:
         """DATA_ALLOC: put the guest's bytes into the new clusters."""
-        data, within = allocation.data, allocation.within
+        data, within = memoryview(allocation.data), allocation.within
         host_offset = allocation.grant.host_offset
         table, index = allocation.table, allocation.index
         guest_offset = self._guest_offset(table, index)
