@@ -1,14 +1,11 @@
 """Go on with a coroutine that was started inline and had to wait, without a task.
 
 Most requests never wait: their blocks are in the page cache and their mapping is
-known. The session drives each with `send(None)`, and what yields goes on here:
+known. The session starts each, and what has to wait goes on here:
 
-    try:
-        waits_for = coroutine.send(None)
-    except StopIteration as outcome:
-        ...  # done: outcome.value
-    else:
-        go_on(loop, coroutine, waits_for, finished)
+    done, outcome = start(coroutine)
+    if not done:
+        go_on(loop, coroutine, outcome, finished)
 
 A task could do that too, for three more turns of the loop and about 10 us a request: it
 starts in a turn of its own, is put into the set of all tasks, and reports its end by another
@@ -18,6 +15,9 @@ below the session uses.
 What a coroutine yields is a future with `_asyncio_future_blocking` set: the mark by
 which a task knows that the future came through `await`. The mark lives in the future,
 and a future may have several waiters, so it is cleared at once.
+
+This module stays interpreted where others are compiled (deploy/compile.py): mypyc makes a
+traceback for each StopIteration that it catches, for 0.3 us.
 """
 
 import asyncio
@@ -26,6 +26,18 @@ from typing import Any
 
 #: Called with the result and None, or with None and what was raised.
 Finished = Callable[[Any, BaseException | None], None]
+
+
+def start(coroutine: Coroutine[Any, Any, Any]) -> tuple[bool, Any]:
+    """Take the first step of a coroutine.
+
+    Returns:
+        Whether that was its end, and its result, or else what it waits for.
+    """
+    try:
+        return False, coroutine.send(None)
+    except StopIteration as outcome:
+        return True, outcome.value
 
 
 class _Suspended:
@@ -85,11 +97,11 @@ def go_on(
 ) -> None:
     """Take a coroutine to its end whenever what it waits for is done.
 
-    Call it at once after the first `send(None)`, before anything else runs.
+    Call it at once after `start`, before anything else runs.
 
     Args:
         loop: The running loop.
-        coroutine: One that `send(None)` has driven to its first wait.
+        coroutine: One that `start` has driven to its first wait.
         waits_for: What it yielded.
         finished: Called in the end, from the loop, never before this returns.
     """

@@ -36,7 +36,7 @@ from nbdserve.server.framing import (
     Range,
     frame_chunks,
 )
-from nbdserve.server.inline import go_on
+from nbdserve.server.inline import go_on, start
 from nbdserve.server.outbox import Outbox
 from nbdserve.wire.answers import answers
 from nbdserve.wire.constants import (
@@ -230,39 +230,36 @@ class Session:
             return
         size = self._read_header + length
         buffer = self._outbox.reserve(size)
-        start = buffer.position - size
-        data = start + self._read_header
+        first = buffer.position - size
+        data = first + self._read_header
         view = buffer.view[data : data + length]
         if length > BULK:
             coroutine = read_bulk(self._turnstile, self._device, offset, view)
         else:
             coroutine = self._device.read_into(offset, view)
         try:
-            waits_for = coroutine.send(None)
-        except StopIteration as finished:
-            self.counters.bytes_read += length
-            view = buffer.view
-            holes = finished.value
-            if not self._structured:
-                _put_simple(view, start, SIMPLE_REPLY_MAGIC, 0, cookie)
-            elif not length or (holes and not flags & _DF):
-                parts = self._frame(view, start, cookie, offset, length, holes)
-                self._outbox.send_parts(buffer, start, parts)
-                return
-            else:
-                self._put_data_header(view, start, cookie, offset, length, done=True)
-            if buffer is not self._arena.buffer:
-                self._outbox.send_parts(buffer, start, [(start, start + size)])
+            done, outcome = start(coroutine)
         except BaseException as failure:  # noqa: BLE001
-            self._outbox.withdraw(buffer, start)
+            self._outbox.withdraw(buffer, first)
             self._outbox.put(self._failed(_READ, cookie, offset, failure))
+            return
+        if not done:
+            self._outbox.detach(buffer, first)
+            request = _Waiting(_READ, flags, cookie, offset, length, buffer, first)
+            self._wait(coroutine, outcome, request)
+            return
+        self.counters.bytes_read += length
+        view = buffer.view
+        if not self._structured:
+            _put_simple(view, first, SIMPLE_REPLY_MAGIC, 0, cookie)
+        elif not length or (outcome and not flags & _DF):
+            parts = self._frame(view, first, cookie, offset, length, outcome)
+            self._outbox.send_parts(buffer, first, parts)
+            return
         else:
-            self._outbox.detach(buffer, start)
-            self._wait(
-                coroutine,
-                waits_for,
-                _Waiting(_READ, flags, cookie, offset, length, buffer, start),
-            )
+            self._put_data_header(view, first, cookie, offset, length, done=True)
+        if buffer is not self._arena.buffer:
+            self._outbox.send_parts(buffer, first, [(first, first + size)])
 
     def _borrow(self, cookie: int, offset: int, length: int) -> bool:
         """Answer a large read without copying; return whether that was possible."""
@@ -307,26 +304,23 @@ class Session:
         else:
             coroutine = begun.device.write(offset + begun.written, payload)
         try:
-            waits_for = coroutine.send(None)
-        except StopIteration:
-            self.counters.bytes_written += len(payload)
-            if self._extended:
-                self._outbox.put(self._answers.done(cookie, offset))
-                return
-            room = self._outbox.reserve(SIMPLE_HEADER)
-            _put_simple(
-                room.view, room.position - SIMPLE_HEADER, SIMPLE_REPLY_MAGIC, 0, cookie
-            )
+            done, waits_for = start(coroutine)
         except BaseException as failure:  # noqa: BLE001
             self._outbox.put(self._failed(_WRITE, cookie, offset, failure))
-        else:
+            return
+        if not done:
             buffer.pin()
-            self._wait(
-                coroutine,
-                waits_for,
-                _Waiting(_WRITE, flags, cookie, offset, len(payload), buffer),
-                begun,
-            )
+            request = _Waiting(_WRITE, flags, cookie, offset, len(payload), buffer)
+            self._wait(coroutine, waits_for, request, begun)
+            return
+        self.counters.bytes_written += len(payload)
+        if self._extended:
+            self._outbox.put(self._answers.done(cookie, offset))
+            return
+        room = self._outbox.reserve(SIMPLE_HEADER)
+        _put_simple(
+            room.view, room.position - SIMPLE_HEADER, SIMPLE_REPLY_MAGIC, 0, cookie
+        )
 
     def written(self, cookie: int, offset: int, length: int) -> None:
         """Answer a write that was begun and is on the disk."""
@@ -388,13 +382,14 @@ class Session:
         """Drive a command without data to its end, or to its first wait."""
         cookie, offset = request.cookie, request.offset
         try:
-            waits_for = coroutine.send(None)
-        except StopIteration as finished:
-            self._outbox.put(self._success(cookie, offset, finished.value))
+            done, outcome = start(coroutine)
         except BaseException as failure:  # noqa: BLE001
             self._outbox.put(self._failed(request.command, cookie, offset, failure))
+            return
+        if done:
+            self._outbox.put(self._success(cookie, offset, outcome))
         else:
-            self._wait(coroutine, waits_for, request)
+            self._wait(coroutine, outcome, request)
 
     def refuse(self, cookie: int, offset: int, refusal: Refusal) -> None:
         """Answer a request that is not carried out."""
