@@ -16,7 +16,7 @@ from pathlib import Path
 from tests.bench import attack, report
 from tests.bench.attackers import ATTACKS
 from tests.bench.cells import CELLS, Cell
-from tests.bench.contenders import CONTENDERS, NBDSERVE, Contender
+from tests.bench.contenders import CONTENDERS, NBDSERVE, Contender, installed_version
 from tests.bench.disks import Disks
 from tests.bench.load import Sample, measure, missing_tools
 
@@ -33,6 +33,7 @@ def main() -> int:
     if missing:
         sys.stderr.write(f"missing: {', '.join(missing)}; see tests/run\n")
         return 1
+    sys.stderr.write(installed_version() + "\n")
     if arguments.attack is not None:
         return attacks(arguments)
     cells = [cell for cell in CELLS if chosen(cell.name, arguments.cells)]

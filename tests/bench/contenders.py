@@ -1,11 +1,13 @@
 """The servers that are compared, each started the way its manual recommends."""
 
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from tests.bench.cells import Cell
 from tests.helpers.servers import Server, nbdkit_file, nbdserve, qemu_nbd
+from tests.helpers.tools import run
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,16 @@ def _qemu(aio: str) -> Callable[[Path, Path], Server]:
     return start
 
 
+#: As it is installed for this interpreter: compiled, if that is a wheel, whatever the
+#: current folder has.
+INSTALLED = (sys.executable, "-P", "-m", "nbdserve")
+
+
+def installed_version() -> str:
+    """Say which one that is."""
+    return run(*INSTALLED, "--version").strip()
+
+
 #: On tmpfs, as the systemd unit's /run/nbdserve is.
 STATE_DIR = Path("/dev/shm/nbdserve-bench")
 
@@ -53,6 +65,7 @@ def _nbdserve(image_format: str) -> Callable[[Path, Path], Server]:
             image_format=image_format,
             transports=["unix"],
             options=state_options(),
+            command=INSTALLED,
         )
 
     return start

@@ -3,12 +3,11 @@
 import random
 import statistics
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 from tests.bench.cells import GIB, MIB
-from tests.bench.contenders import state_options
+from tests.bench.contenders import INSTALLED, state_options
 from tests.bench.load import cpu_seconds, rss_kib
 from tests.bench.probe import Probe
 from tests.bench.report import Rows
@@ -30,7 +29,7 @@ def start(scratch: Path, rounds: int) -> Rows:
     for _ in range(rounds + 1):
         began_s = time.perf_counter()
         # no test interpreter options: as an operator starts it
-        argv = [sys.executable, "-m", "nbdserve", "serve", f"disk={image}"]
+        argv = [*INSTALLED, "serve", f"disk={image}"]
         argv += ["--unix", str(scratch / "s"), *state_options()]
         with subprocess.Popen(
             argv, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
@@ -44,7 +43,7 @@ def start(scratch: Path, rounds: int) -> Rows:
             served.append(time.perf_counter() - began_s)
             process.terminate()
         began_s = time.perf_counter()
-        run(sys.executable, "-m", "nbdserve", "--help")
+        run(*INSTALLED, "--help")
         helped.append(time.perf_counter() - began_s)
     del served[0], helped[0]  # these wrote the bytecode
     return [
@@ -213,6 +212,7 @@ def _serving(scratch: Path, images: list[str], *options: str) -> Server:
         export=first.partition("=")[0],
         transports=["unix"],
         options=[*others, *state_options(), *options],
+        command=INSTALLED,
     )
     if not images:  # those of the configuration file alone
         server.argv = [word for word in server.argv if word != "=."]

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.bench import scale
 from tests.bench.cells import KIB, MIB, Cell, Disk
-from tests.bench.contenders import state_options
+from tests.bench.contenders import INSTALLED, installed_version, state_options
 from tests.bench.disks import SIZES, Disks
 from tests.bench.load import cpu_seconds, fio_command, measure, sample_of
 from tests.bench.report import Rows, aligned
@@ -59,6 +59,7 @@ def tls(scratch: Path, rounds: int) -> Rows:
                 image_format=kind,
                 transports=["tcp"],
                 options=[*ours, *more],
+                command=INSTALLED,
             )
         if name.startswith("qemu"):
             aio = name.split()[1]
@@ -146,7 +147,12 @@ def fairness(scratch: Path, rounds: int) -> Rows:
 def _serving_disk(image: Path, where: Path, *slow: Path) -> Server:
     options = [*(f"slow={path}" for path in slow), *state_options()]
     return nbdserve(
-        image, where, image_format="qcow2", transports=["unix"], options=options
+        image,
+        where,
+        image_format="qcow2",
+        transports=["unix"],
+        options=options,
+        command=INSTALLED,
     )
 
 
@@ -185,6 +191,7 @@ def workers(scratch: Path, rounds: int) -> Rows:
                     image_format="qcow2",
                     transports=["unix"],
                     options=options,
+                    command=INSTALLED,
                 ) as server,
             ):
                 loads = []
@@ -229,6 +236,7 @@ def main() -> int:
     arguments = parser.parse_args()
     # a server is installed with its bytecode
     os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+    sys.stdout.write(installed_version() + "\n")
     for name in arguments.names or TRIALS:
         if name not in TRIALS:
             parser.error(f"no trial {name!r}; there are {', '.join(TRIALS)}")

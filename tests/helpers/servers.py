@@ -31,6 +31,10 @@ _TCP_URI = re.compile(r"nbds?://127\.0\.0\.1:(\d+)")
 _COMPLAINTS = ("Traceback", "Exception ignored", "never awaited")
 
 
+#: The package of the checkout, with this interpreter; warnings become complaints.
+NBDSERVE = (sys.executable, "-W", "error", "-m", "nbdserve")
+
+
 class ServerError(Exception):
     """A server did not start, or did not end as it should."""
 
@@ -172,11 +176,11 @@ def nbdserve(
     export: str = "disk",
     transports: Sequence[str] = ("tcp", "unix"),
     options: Sequence[str] = (),
+    command: Sequence[str] = NBDSERVE,
 ) -> Server:
-    """nbdserve on one image, with this interpreter; warnings become complaints."""
+    """nbdserve on one image."""
     unix = directory / "nbd.sock" if "unix" in transports else None
-    argv = [sys.executable, "-W", "error", "-m", "nbdserve", "serve"]
-    argv += [f"{export}={image}", "--format", image_format]
+    argv = [*command, "serve", f"{export}={image}", "--format", image_format]
     if unix is not None:
         argv += ["--unix", str(unix)]
     if "tcp" in transports:
