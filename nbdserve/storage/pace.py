@@ -3,6 +3,13 @@
 A thread costs 25 to 100 us, a buffered 4 KiB write 2 us: so calls run on the loop
 while they are quick. But no flag asks ext4 whether a buffered write would wait, so
 the only way to know is to measure.
+
+A write (`FileStorage.try_write` and `write`) is made in a thread
+
+- if it is longer than 4 MiB (`INLINE_LIMIT`), or has to be durable when it returns;
+- if writes to this file have been throttled, that is, have slept for 100 ms together lately (`Pace`): then for
+  0.1 s, and up to 3.2 s if the next attempt on the loop is slow again. So a throttled image holds up the
+  clients of others for about 100 ms, in sleeps of 10 to 16 ms, before each such pause.
 """
 
 #: A call that took longer than this waited for something: 4 KiB written to the page
