@@ -3,6 +3,7 @@
 import sys
 from collections import OrderedDict
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Final
 
 from nbdserve.errors import ImageCorruptError
@@ -17,6 +18,17 @@ except ImportError:
     # no wheel for this processor
     import zlib as deflate  # type: ignore[no-redef]
 
+try:
+    # libdeflate: 66 us where isal takes 81 (source code), 71 of 96 (half of it noise). It
+    # holds the GIL, so not for what a thread decompresses.
+    from deflate import DeflateError, deflate_decompress
+
+    _whole: Callable[[bytes | bytearray | memoryview, int], bytearray] | None
+    _whole = deflate_decompress
+    _WholeError: type[Exception] = DeflateError
+except ImportError:
+    _whole, _WholeError = None, Exception
+
 if sys.version_info >= (3, 14):
     from compression.zstd import ZstdDecompressor, ZstdError
 else:
@@ -26,7 +38,7 @@ else:
 _DeflateError: Final[type[Exception]] = deflate.error  # type: ignore[assignment]
 
 #: Bytes in, exact size of the cluster; raises ValueError if that is not what comes out.
-Decompress = Callable[[bytes | bytearray | memoryview, int], bytes]
+Decompress = Callable[[bytes | bytearray | memoryview, int], bytes | bytearray]
 
 #: Bytes of decompressed clusters kept: neighbours of a small read are usually next.
 _CACHE_BYTES: Final = 8 << 20
@@ -35,11 +47,17 @@ _CACHE_BYTES: Final = 8 << 20
 _INLINE: Final = 64 << 10
 
 
-def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes:
+def inflate(data: bytes | bytearray | memoryview, size: int) -> bytes | bytearray:
     """Decompress raw deflate, as qcow and qcow2 with compression type 0 store it.
 
     Any window is accepted (-15): qemu writes -12.
     """
+    if _whole is not None and size <= _INLINE:
+        # a stream without an end, or with more than a cluster, is for the other one
+        with suppress(_WholeError):
+            whole = _whole(data, size)
+            if len(whole) == size:
+                return whole
     try:
         result = deflate.decompressobj(-15).decompress(data, size)
     except _DeflateError as error:
@@ -161,7 +179,7 @@ class Inflater:
             self._busy.leave(word)
         return result
 
-    async def _load(self, word: int) -> bytes:
+    async def _load(self, word: int) -> bytes | bytearray:
         host_offset, data = self._room(word)
         view = memoryview(data)
         try:

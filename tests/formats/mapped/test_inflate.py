@@ -29,6 +29,25 @@ def deflated(data: bytes, window: int = -12) -> bytes:
     return compressor.compress(data) + compressor.flush()
 
 
+@pytest.fixture(params=["whole clusters first", "streams only"])
+def decoders(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the library for whole clusters, and on processors it has no wheel for."""
+    if request.param == "streams only":
+        monkeypatch.setattr(module, "_whole", None)
+    else:
+        assert module._whole is not None
+
+
+pytestmark = pytest.mark.usefixtures("decoders")
+
+
+def test_a_stream_may_be_longer_than_a_cluster_and_have_no_end() -> None:
+    compressor = zlib.compressobj(9, zlib.DEFLATED, -12, 9)
+    endless = compressor.compress(DATA) + compressor.flush(zlib.Z_SYNC_FLUSH)
+    assert inflate(endless, SIZE) == DATA
+    assert inflate(deflated(DATA + b"more"), SIZE) == DATA
+
+
 @pytest.mark.parametrize("window", [-9, -12, -15])
 def test_any_window_is_read(window: int) -> None:
     assert inflate(deflated(DATA, window), SIZE) == DATA
@@ -107,7 +126,9 @@ class Counter:
         self._real = inflater._decompress
         inflater._decompress = self
 
-    def __call__(self, data: bytes | bytearray | memoryview, size: int) -> bytes:
+    def __call__(
+        self, data: bytes | bytearray | memoryview, size: int
+    ) -> bytes | bytearray:
         self.calls += 1
         self.threads.add(threading.get_ident())
         return self._real(data, size)
@@ -216,7 +237,7 @@ async def test_nothing_is_used_again_while_somebody_may_still_read_it(
     load, turns = inflater._load, [asyncio.Event(), asyncio.Event()]
     loads = 0
 
-    async def slowly(word: int) -> bytes:
+    async def slowly(word: int) -> bytes | bytearray:
         nonlocal loads
         loads += 1
         number = loads
