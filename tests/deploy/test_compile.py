@@ -79,3 +79,19 @@ def test_it_is_compiled_with_the_mypy_that_checks_it() -> None:
     pins = set(re.findall(r"mypy==[0-9.]+", HOOK.read_text()))
     groups = tomllib.loads((ROOT / "pyproject.toml").read_text())["dependency-groups"]
     assert pins == {each for each in groups["lint"] if each.startswith("mypy=")}
+
+
+def test_it_is_compiled_without_the_packages_that_it_uses(tmp_path: Path) -> None:
+    """As in a new virtual environment: pip builds the wheel before it installs them."""
+    hook = runpy.run_path(str(HOOK))
+    options = [*hook["MYPY_OPTIONS"], f"--cache-dir={tmp_path}"]
+    modules = [f"nbdserve/{name}.py" for name in hook["MODULES"]]
+    checked = subprocess.run(
+        [sys.executable, "-m", "mypy", *options, *modules],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert checked.returncode == 0, checked.stdout
