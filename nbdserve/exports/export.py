@@ -74,11 +74,11 @@ class Export:
             persistent: Its bitmaps, those of the old one if None.
         """
         tracking = self._tracking
+        if tracking is not None:
+            self._tracking = tracking = tracking.around(device)
         if persistent is not None:
             self._persistent = tuple(persistent)
         self.disk = device
-        if tracking is not None:
-            tracking.put_below(device)
         self.device = tracking or device
         self.contexts = contexts_of(
             self.device,

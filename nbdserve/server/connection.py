@@ -200,6 +200,14 @@ class Connection:
             self._end(reason)
             self._close()
 
+    def end_if_on_old_disk(self) -> None:
+        """Close if the peer does not send the rest of a payload that an old disk has begun."""
+        if self._intake.on_old_disk:
+            reason = "a payload did not arrive, and its disk has to be closed"
+            self.blame = ProtocolError(reason)
+            self._end(reason)
+            self._close()
+
     def _held(self) -> int:
         """Return the bytes that are held until the peer moves."""
         held = self._outbox.bytes_queued if self._outbox.blocked else 0

@@ -142,6 +142,12 @@ class Intake:
         payload = self._payload
         return 0 if payload is None or payload.buffer is None else payload.unwritten
 
+    @property
+    def on_old_disk(self) -> bool:
+        """Whether a payload is still arriving for a disk that the session had before."""
+        begun = None if self._payload is None else self._payload.begun
+        return begun is not None and self._session.is_old(begun)
+
     def begin_in_place(
         self, flags: int, cookie: int, offset: int, length: int, first: memoryview
     ) -> bool:

@@ -444,6 +444,8 @@ class Server:
         between = Absent(old)
         self._put(export, between)
         deadline_s = self._limits.drain_timeout_s
+        # payloads arrive meanwhile, but a client that stays silent must not keep the disk
+        patience = self._loop.call_later(deadline_s / 2, self._end_on_old_disk, export)
         try:
             async with asyncio.timeout(deadline_s):
                 for connection in list(self._connections_of(export)):
@@ -455,6 +457,8 @@ class Server:
                 errno.EBUSY,
                 f"requests have not ended for {deadline_s:g} s; the disk stays open",
             ) from None
+        finally:
+            patience.cancel()
         await self._close_failed(export, old)
         try:
             new, bitmaps = await open_disk()
@@ -473,6 +477,10 @@ class Server:
         export.put(device, bitmaps)
         for connection in self._connections_of(export):
             connection.session.attach(export)
+
+    def _end_on_old_disk(self, export: Export) -> None:
+        for connection in list(self._connections_of(export)):
+            connection.end_if_on_old_disk()
 
     def _connections_of(self, export: Export) -> Iterator[Connection]:
         for connection, (chosen, _) in self._connections.items():

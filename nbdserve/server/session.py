@@ -212,6 +212,10 @@ class Session:
         self._begun += 1
         return Begun(self._device, self._disk)
 
+    def is_old(self, begun: Begun) -> bool:
+        """Tell whether a write is for a disk that the session had before."""
+        return begun.disk != self._disk
+
     def leave(self, begun: Begun) -> None:
         """Do nothing more with a write that was begun."""
         self._begun -= 1

@@ -12,13 +12,14 @@ from nbdserve.block.layers.dirty import DirtyTracking
 from nbdserve.block.layers.guarded import Guarded
 from nbdserve.block.layers.window import Window
 from nbdserve.block.loan import Piece
+from nbdserve.exports.export import Export
 from nbdserve.formats.open import open_image
 from nbdserve.formats.raw import RawImage
 from nbdserve.server.intake import IN_PLACE, Pipe
 from nbdserve.storage.file import FileStorage
 from nbdserve.wire.constants import REQUEST_MAGIC, Command
 from nbdserve.wire.requests import REQUEST
-from tests.helpers.nbd_client import NbdRequestFailed, error_name
+from tests.helpers.nbd_client import NbdClient, NbdRequestFailed, error_name
 from tests.helpers.tools import run
 from tests.server.conftest import MIB, Running, until
 from tests.server.memory_disk import MemoryDisk
@@ -250,6 +251,66 @@ async def test_it_ends_on_the_disk_on_which_it_began(
     assert content.result()[: 2 * MIB] + placed.data[2 * MIB : 4 * MIB] == data
     await client.write(0, data)
     assert new.data[: 4 * MIB] == data
+
+
+async def begin(client: NbdClient, placed: PlacedDisk, data: bytes) -> None:
+    """Send the first MiB of a write, of which some goes in place."""
+    await client._send_raw(header(0, len(data)) + data[:MIB])
+    await until(lambda: placed.placed > 5)
+    await asyncio.sleep(0.02)
+
+
+async def test_who_stays_silent_does_not_keep_an_old_disk(
+    running: Running, placed: PlacedDisk
+) -> None:
+    running.server._limits = running.server._limits.__class__(drain_timeout_s=0.4)
+    export = running.registry.get("disk")
+    assert export is not None
+    silent, client = await running.client(), await running.client()
+    await begin(silent, placed, payload(4 * MIB))
+    new = MemoryDisk(8 * MIB)
+    exchange = asyncio.create_task(running.server.exchange_disk(export, opens(new)))
+    await asyncio.sleep(0)
+    write = asyncio.create_task(client.write(MIB, b"w" * 512))
+    await exchange
+    await write
+    assert placed.closed
+    assert new.data[MIB : MIB + 512] == b"w" * 512
+    assert new.data[:MIB] == bytes(MIB)
+    await until(lambda: running.server.connections == 1)
+
+
+async def test_a_disk_that_is_tracked_is_left_as_well(
+    running: Running, placed: PlacedDisk
+) -> None:
+    export = Export("tracked", placed, bitmaps=["changes"])
+    running.registry.add(export)
+    client = await running.connect()
+    await client.go("tracked")
+    data = payload(4 * MIB)
+    reply = client.reply_to(client.transmission.write(0, data))
+    client.transmission.data_to_send()
+    await begin(client, placed, data)
+    new = MemoryDisk(8 * MIB)
+    exchange = asyncio.create_task(running.server.exchange_disk(export, opens(new)))
+    await asyncio.sleep(0.02)
+    placed.in_place = 2 * MIB
+    placed.gate = asyncio.Event()
+    await client._send_raw(data[MIB:])
+    await until(lambda: placed.started == 1)
+    content = await placed.content()
+    placed.gate.set()
+    assert not (await reply).error
+    await exchange
+    assert content[: 2 * MIB] + placed.data[2 * MIB : 4 * MIB] == data
+    await client.write(6 * MIB, b"new")
+    assert new.data[6 * MIB : 6 * MIB + 3] == b"new"
+    tracking = export.device
+    assert isinstance(tracking, DirtyTracking)
+    (bitmap,) = tracking.bitmaps
+    dirty = dict(bitmap.dirty())
+    assert dirty[0] == 4 * MIB
+    assert 6 * MIB in dirty
 
 
 async def test_file_systems_that_cannot(

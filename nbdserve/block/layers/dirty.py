@@ -42,10 +42,14 @@ class DirtyTracking(BlockDevice):
         """See `BlockDevice.broken`."""
         return self._device.broken
 
-    def put_below(self, device: BlockDevice) -> None:
-        """Go around another disk, of which the bitmaps are true as well."""
-        self._device = device
-        self.size = device.size
+    def around(self, device: BlockDevice) -> "DirtyTracking":
+        """Return the same around another disk, of which the bitmaps are true as well.
+
+        What goes on with this one stays on its disk, and marks the same bitmaps.
+        """
+        other = DirtyTracking(device, ())
+        other.bitmaps = self.bitmaps
+        return other
 
     async def resize(self, size: int, *, shrink: bool = False) -> None:
         """Resize the disk below; what is added has not been changed."""
