@@ -39,6 +39,13 @@ class Pipe:
     def __init__(self) -> None:
         self._ends: tuple[int, int] | None = None
 
+    def ready(self) -> bool:
+        """Return whether there is a pipe: no descriptor may be left for one."""
+        if self._ends is None:
+            with contextlib.suppress(OSError):
+                self._open()
+        return self._ends is not None
+
     def fill(self, socket_fd: int, length: int) -> int:
         """Take up to `length` bytes out of a non-blocking socket.
 
@@ -212,12 +219,11 @@ class Intake:
         self.starved = False
         if payload is None:
             return 0
-        enough = min(payload.length, payload.received + most)
+        before = payload.received
+        enough = min(payload.length, before + most)
         try:
             while payload.received < enough:
-                place = None
-                if payload.buffer is None and payload.begun is not None:
-                    place = payload.begun.place(payload.offset, payload.length)
+                place = self._place_of(payload)
                 if place is not None:
                     received = self._pipe.fill(self._socket.fileno(), place[2])
                 elif payload.buffer is None and self._budget.exhausted:
@@ -234,10 +240,31 @@ class Intake:
                     self.drop()
                     return left
         except (BlockingIOError, InterruptedError):
+            if payload.received == before and self._splice_is_stuck():
+                self._may_splice = False  # the next turn is at once: there are bytes
             return 0
         if payload.received == payload.length:
             self._carry_out(payload)
         return 0
+
+    def _place_of(self, payload: _Payload) -> Piece | None:
+        """Ask where the next bytes can be put past our memory."""
+        if payload.buffer is not None or payload.begun is None:
+            return None
+        if not self._may_splice or not self._pipe.ready():
+            return None
+        return payload.begun.place(payload.offset, payload.length)
+
+    def _splice_is_stuck(self) -> bool:
+        """Tell whether there are bytes though splice finds none: it stops at TCP's urgent ones."""
+        sock = self._socket
+        if not self._may_splice or not isinstance(sock, socket.socket):
+            return False
+        try:
+            sock.recv(1, socket.MSG_PEEK)
+        except (BlockingIOError, InterruptedError):
+            return False
+        return True
 
     def _receive_into(self, payload: _Payload) -> int:
         buffer = payload.buffer or self._take_buffer(payload)

@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import random
+import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -251,6 +252,46 @@ async def test_it_ends_on_the_disk_on_which_it_began(
     assert content.result()[: 2 * MIB] + placed.data[2 * MIB : 4 * MIB] == data
     await client.write(0, data)
     assert new.data[: 4 * MIB] == data
+
+
+async def test_without_a_descriptor_for_a_pipe_it_is_received(
+    running: Running, placed: PlacedDisk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_: int) -> tuple[int, int]:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    client = await running.client()
+    with monkeypatch.context() as context:
+        context.setattr("nbdserve.server.intake.os.pipe2", refuse)
+        await client.write(0, payload(MIB))
+    await client.write(MIB, payload(MIB, 1))
+    expected = payload(MIB) + payload(MIB, 1)
+    assert (await placed.content())[: 2 * MIB] == expected
+
+
+async def test_urgent_bytes_are_no_obstacle(
+    running: Running, placed: PlacedDisk
+) -> None:
+    """splice(2) never gets past them, not even to the end of the stream."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        listener.setblocking(False)
+        client = await running.clients.enter_async_context(
+            await NbdClient.connect_tcp(*listener.getsockname())
+        )
+        served = running.server.welcome(*listener.accept())
+    await client.go("disk")
+    data = payload(MIB)
+    reply = client.reply_to(client.transmission.write(0, data))
+    client.transmission.data_to_send()
+    await client._send_raw(header(0, MIB) + data[: MIB // 2])
+    await until(lambda: placed.placed > 5)
+    # what is urgent is no part of the stream
+    assert client.sock.send(b"!", socket.MSG_OOB) == 1
+    await client._send_raw(data[MIB // 2 :])
+    assert not (await asyncio.wait_for(reply, 5)).error
+    assert (await placed.content())[:MIB] == data
+    await client.write(MIB, data)
+    assert not served.done()
 
 
 async def begin(client: NbdClient, placed: PlacedDisk, data: bytes) -> None:
