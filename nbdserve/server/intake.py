@@ -8,6 +8,7 @@ payload is received as a whole, where the disk takes it from.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import socket
@@ -28,6 +29,8 @@ IN_PLACE: Final = 256 << 10
 #: Bytes that are moved at once: 50 us of writing. As much as a Unix socket holds by default.
 _PIECE: Final = 256 << 10
 _FUA: Final = int(CommandFlag.FUA)
+#: What splice(2) says of sockets that can't, of sandboxes and of kernels without it.
+_NO_SPLICE: Final = frozenset({errno.EINVAL, errno.EPERM, errno.ENOSYS})
 #: linux/splice.h
 _SPLICE_F_MOVE: Final = 1
 _SPLICE_F_NONBLOCK: Final = 2
@@ -220,31 +223,39 @@ class Intake:
         if payload is None:
             return 0
         before = payload.received
-        enough = min(payload.length, before + most)
+        left: int | None = 0
         try:
-            while payload.received < enough:
-                place = self._place_of(payload)
-                if place is not None:
-                    received = self._pipe.fill(self._socket.fileno(), place[2])
-                elif payload.buffer is None and self._budget.exhausted:
-                    self.starved = True
-                    return 0
-                else:
-                    received = self._receive_into(payload)
-                if not received:
-                    return None
-                payload.received += received
-                self.bytes_taken += received
-                if place is not None and not self._put(payload, place, received):
-                    left = payload.length - payload.received
-                    self.drop()
-                    return left
+            left = self._receive_some(payload, min(payload.length, before + most))
         except (BlockingIOError, InterruptedError):
             if payload.received == before and self._splice_is_stuck():
                 self._may_splice = False  # the next turn is at once: there are bytes
-            return 0
-        if payload.received == payload.length:
+        except OSError as error:
+            if not self._may_splice or error.errno not in _NO_SPLICE:
+                raise
+            self._may_splice = False  # the same: nothing was taken
+        if payload is self._payload and payload.received == payload.length:
             self._carry_out(payload)
+        return left
+
+    def _receive_some(self, payload: _Payload, enough: int) -> int | None:
+        """Receive until `enough` bytes have left the socket; returns what `receive` does."""
+        while payload.received < enough:
+            place = self._place_of(payload)
+            if place is not None:
+                received = self._pipe.fill(self._socket.fileno(), place[2])
+            elif payload.buffer is None and self._budget.exhausted:
+                self.starved = True
+                return 0
+            else:
+                received = self._receive_into(payload)
+            if not received:
+                return None
+            payload.received += received
+            self.bytes_taken += received
+            if place is not None and not self._put(payload, place, received):
+                left = payload.length - payload.received
+                self.drop()
+                return left
         return 0
 
     def _place_of(self, payload: _Payload) -> Piece | None:

@@ -142,15 +142,19 @@ async def test_byte_by_byte(running: Running, placed: PlacedDisk) -> None:
     assert (await placed.content())[77 : 77 + len(data)] == data
 
 
+@pytest.mark.parametrize("fails_from", [MIB, 2 * MIB - 1])
 async def test_a_failure_ends_the_request_alone(
-    running: Running, placed: PlacedDisk, monkeypatch: pytest.MonkeyPatch
+    running: Running,
+    placed: PlacedDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    fails_from: int,
 ) -> None:
     client = await running.client()
     data = payload(2 * MIB)
     write_piped = FileStorage.write_piped
 
     def fail(self: FileStorage, offset: int, pipe_fd: int, length: int) -> None:
-        if offset >= MIB:
+        if offset + length > fails_from:
             raise OSError(errno.ENOSPC, "no space")
         write_piped(self, offset, pipe_fd, length)
 
@@ -267,6 +271,28 @@ async def test_without_a_descriptor_for_a_pipe_it_is_received(
     await client.write(MIB, payload(MIB, 1))
     expected = payload(MIB) + payload(MIB, 1)
     assert (await placed.content())[: 2 * MIB] == expected
+
+
+@pytest.mark.parametrize("error", [errno.EINVAL, errno.EPERM])
+async def test_without_splice_it_is_received(
+    running: Running,
+    placed: PlacedDisk,
+    monkeypatch: pytest.MonkeyPatch,
+    error: int,
+) -> None:
+    def refuse(*_: object, **__: object) -> int:
+        raise OSError(error, "not here")
+
+    monkeypatch.setattr("nbdserve.server.intake.os.splice", refuse)
+    client = await running.client()
+    data = payload(MIB)
+    reply = client.reply_to(client.transmission.write(3, data))
+    client.transmission.data_to_send()
+    await client._send_raw(header(3, MIB) + data[:1000])
+    await until(lambda: placed.placed > 0)
+    await client._send_raw(data[1000:])
+    assert not (await reply).error
+    assert (await placed.content())[3 : 3 + MIB] == data
 
 
 async def test_urgent_bytes_are_no_obstacle(
