@@ -2,6 +2,7 @@
 
 import asyncio
 import errno
+import os
 import random
 import socket
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ from nbdserve.block.loan import Piece
 from nbdserve.exports.export import Export
 from nbdserve.formats.open import open_image
 from nbdserve.formats.raw import RawImage
-from nbdserve.server.intake import IN_PLACE, Pipe
+from nbdserve.server.intake import IN_PLACE
 from nbdserve.storage.file import FileStorage
 from nbdserve.wire.constants import REQUEST_MAGIC, Command
 from nbdserve.wire.requests import REQUEST
@@ -383,18 +384,21 @@ async def test_a_disk_that_is_tracked_is_left_as_well(
 async def test_file_systems_that_cannot(
     running: Running, placed: PlacedDisk, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    placed.storage._can_splice = True
-    splice = Pipe.empty
+    splice = os.splice
 
-    def first_fails(self: Pipe, storage: FileStorage, offset: int, length: int) -> None:
-        with monkeypatch.context() as context:
-            context.setattr("nbdserve.storage.file.os.splice", refuse)
-            splice(self, storage, offset, length)
+    def refuse_files(
+        source: int,
+        target: int,
+        count: int,
+        *,
+        offset_dst: int | None = None,
+        flags: int = 0,
+    ) -> int:
+        if offset_dst is not None:
+            raise OSError(errno.EINVAL, "not here")
+        return splice(source, target, count, flags=flags)
 
-    def refuse(*_: object, **__: object) -> int:
-        raise OSError(errno.EINVAL, "not here")
-
-    monkeypatch.setattr(Pipe, "empty", first_fails)
+    monkeypatch.setattr("nbdserve.server.intake.os.splice", refuse_files)
     client = await running.client()
     data = payload(3 * MIB)
     await client.write(5, data)
