@@ -46,6 +46,7 @@ MODULES = (
     "server/intake",
     "server/outbox",
     "server/session",
+    "storage/company",
     "storage/file",
     "storage/pace",
     "storage/uring",

@@ -26,6 +26,12 @@ from nbdserve.server.session import Session
 from nbdserve.server.shared import Shared
 from nbdserve.server.stall import PeerWatch
 from nbdserve.server.tls import ByteStream, TlsSocket
+from nbdserve.storage.company import (
+    MODEST,
+    SHORT_TURN_BYTES,
+    SHORT_TURN_S,
+    company,
+)
 from nbdserve.wire.constants import (
     EXTENDED_REQUEST_MAGIC,
     REQUEST_MAGIC,
@@ -62,6 +68,8 @@ _LEAST_ROOM: Final = 64 << 10
 #: Requests between two looks at the clock: a few us if all is cached, but some of them
 #: may unpack a cluster.
 _REQUESTS_PER_LOOK: Final = 4
+#: What a turn that was cut short counts as.
+_REQUESTS: Final = 32
 
 _READ: Final = int(Command.READ)
 _WRITE: Final = int(Command.WRITE)
@@ -95,6 +103,15 @@ class Connection:
         self._shared = shared
         self._limits = shared.limits
         self._budget = shared.budget
+        turn_s, turn_bytes = shared.limits.turn_s, shared.limits.turn_bytes
+        self._long_turn = (turn_s, turn_bytes, _REQUESTS_PER_LOOK)
+        self._short_turn = (
+            min(turn_s, SHORT_TURN_S),
+            min(turn_bytes, SHORT_TURN_BYTES),
+            1,
+        )
+        self._crowded = False  # somebody modest is there
+        self._usual = 0.0  # requests of a turn, lately
         self._expect_more = shared.busy_poll.expect
         self._outbox = Outbox(
             loop, sock, shared.outgoing, shared.budget, self._on_progress
@@ -377,8 +394,11 @@ class Connection:
         unpack = self._unpack
         facts, judge_request = self._facts, self._judge
         session, outbox = self.session, self._outbox
-        deadline_s = perf_counter() + self._limits.turn_s
-        bytes_left = self._limits.turn_bytes
+        now_s = self._look_around()
+        turn_s, turn_bytes, per_look = (
+            self._short_turn if self._crowded else self._long_turn
+        )
+        deadline_s, bytes_left = now_s + turn_s, turn_bytes
         count = 0
         self._starved = False
         while end - position >= header_size:
@@ -420,12 +440,30 @@ class Connection:
             if (
                 ((session.in_flight or outbox.blocked) and not self._may_start())
                 or bytes_left <= 0
-                or (not count % _REQUESTS_PER_LOOK and perf_counter() > deadline_s)
+                or (not count % per_look and perf_counter() > deadline_s)
             ):
                 self._cut_short = True
                 break
         session.counters.requests += count
+        # a turn that was cut short says nothing of how much there is
+        asked = _REQUESTS if self._cut_short else count
+        self._usual += (asked - self._usual) / 8
+        if (
+            self._usual <= MODEST
+            and session.in_flight <= MODEST
+            and turn_bytes - bytes_left <= SHORT_TURN_BYTES
+            and not self._intake.busy
+        ):
+            company.met(self, now_s)
         return position
+
+    def _look_around(self) -> float:
+        """Find out whether a modest client is there; return the time."""
+        now_s = perf_counter()
+        crowded = now_s < company.until_s and company.modest is not self
+        if crowded is not self._crowded:
+            self._crowded = self.session.crowded = self._outbox.crowded = crowded
+        return now_s
 
     def _starves(self) -> bool:
         """Tell whether a large request has to wait until others give memory back."""
@@ -504,7 +542,9 @@ class Connection:
     def _receive_payload(self) -> None:
         """Receive a long payload where the disk takes it from, then write it."""
         self._cut_short = False
-        left = self._intake.receive(self._limits.turn_bytes)
+        self._look_around()
+        _, most, _ = self._short_turn if self._crowded else self._long_turn
+        left = self._intake.receive(most)
         if left is None:
             self._end_of_stream(inside_request=True)
             return
@@ -584,6 +624,7 @@ class Connection:
             self._unwatch()
             self._outbox.close()
             self._socket.close()
+            company.left(self)
             self.closed.set_result(self._ended or _SHUTTING_DOWN)
 
 

@@ -242,7 +242,8 @@ class Intake:
         while payload.received < enough:
             place = self._place_of(payload)
             if place is not None:
-                received = self._pipe.fill(self._socket.fileno(), place[2])
+                room = min(place[2], enough - payload.received)
+                received = self._pipe.fill(self._socket.fileno(), room)
             elif payload.buffer is None and self._budget.exhausted:
                 self.starved = True
                 return 0

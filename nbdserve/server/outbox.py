@@ -32,6 +32,9 @@ _PIECES_PER_CALL: Final = 64
 #: Bytes handed to the kernel in one call, and, times two, before others have their turn: a
 #: peer that reads as fast as we send would take a queue of 64 MiB in one go (20 ms).
 _BYTES_PER_CALL: Final = 1 << 20
+#: The same while other clients are there: 30 us. For TLS it stays the same, because what was
+#: refused once has to be offered again as a whole.
+_BYTES_PER_SHORT_CALL: Final = 128 << 10
 #: How often to ask how much the peer has taken of what was lent.
 _COLLECT_S: Final = 0.05
 #: asm-generic/sockios.h: bytes that a socket has sent and its peer has not taken.
@@ -79,6 +82,7 @@ class Outbox:
         lost: Why nothing can be sent any longer, if so.
         may_borrow: Whether bytes that a disk lends can be sent.
         for_good: Whether only loans can be taken that need not be given back.
+        crowded: Whether others wait for every call that takes long (see `company.py`).
     """
 
     __slots__ = (
@@ -95,6 +99,7 @@ class Outbox:
         "arena",
         "blocked",
         "bytes_unblocked",
+        "crowded",
         "for_good",
         "lost",
         "may_borrow",
@@ -123,6 +128,7 @@ class Outbox:
         # Only bytes in a socket of our own kind can be lent. TCP does not tell when the
         # peer has taken them: over loopback it refers to the pages after their ACK too.
         self.may_borrow = isinstance(sock, socket.socket)
+        self.crowded = False
         self.for_good = (
             not isinstance(sock, socket.socket) or sock.family != socket.AF_UNIX
         )
@@ -366,10 +372,12 @@ class Outbox:
     def _send_queue(self) -> None:
         """Send what is queued, and wait for the peer if that is not everything."""
         queue = self._queue
-        bytes_left = 2 * _BYTES_PER_CALL
+        at_once, bytes_left = _BYTES_PER_CALL, 2 * _BYTES_PER_CALL
+        if self.may_borrow and self.crowded:
+            at_once = bytes_left = _BYTES_PER_SHORT_CALL
         try:
             while queue:
-                pieces = _first(queue)
+                pieces = _first(queue, at_once)
                 if len(pieces) == 1:
                     sent = self._socket.send(pieces[0])
                 else:
@@ -434,13 +442,14 @@ class Outbox:
                 buffer.unpin()
 
 
-def _first(queue: deque[tuple[memoryview, Buffer | None]]) -> list[memoryview]:
-    """Return what one system call sends.
+def _first(
+    queue: deque[tuple[memoryview, Buffer | None]], room: int
+) -> list[memoryview]:
+    """Return what one system call sends, at most `room` bytes.
 
     What could not be sent is offered again, and never less of it: TLS needs that.
     """
     pieces: list[memoryview] = []
-    room = _BYTES_PER_CALL
     for piece, _ in queue:
         pieces.append(piece[:room])
         room -= len(piece)

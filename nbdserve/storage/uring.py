@@ -21,9 +21,13 @@ import mmap
 import os
 import platform
 import struct
+from collections import deque
 from collections.abc import Callable, Generator
 from contextvars import Context
+from time import perf_counter
 from typing import Final
+
+from nbdserve.storage.company import SHORT_TURN_S, company
 
 #: Longer reads are for threads: the kernel copies them in the loop's time (64 KiB: 10 us).
 LIMIT: Final = 64 << 10
@@ -181,8 +185,9 @@ class Ring:
         self._taken = 0  # completions, ever
         # by number of the entry: the buffer must live until the kernel is done with it
         self._waiting: dict[int, Read] = {}
-        self._complete: list[tuple[Read, int]] = []  # to be settled in this turn
+        self._complete: deque[tuple[Read, int]] = deque()  # to be settled
         self._scheduled = False  # `_end_turn` will be called
+        self._postponed = False  # `_settle_more` will be called
         loop.add_reader(self._fd, self._collect)
 
     @property
@@ -261,9 +266,28 @@ class Ring:
     def _collect(self) -> None:
         """Settle what is complete."""
         self._take(self._put)
-        complete, self._complete = self._complete, []
-        for call, result in complete:
+        if not self._postponed:
+            self._settle()
+
+    def _settle(self) -> None:
+        """Settle what was taken, or as much as others who are present can wait for.
+
+        Each is a request to be answered: all that a client may have in flight would
+        take a millisecond.
+        """
+        complete = self._complete
+        until_s = perf_counter() + SHORT_TURN_S if company.present() else None
+        while complete:
+            call, result = complete.popleft()
             call.settle(result)
+            if until_s is not None and complete and perf_counter() > until_s:
+                self._postponed = True
+                self.loop.call_soon(self._settle_more)
+                return
+
+    def _settle_more(self) -> None:
+        self._postponed = False
+        self._settle()
 
     def close(self) -> None:
         """Give the memory back; nothing may be in flight, and the loop be closed."""

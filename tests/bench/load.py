@@ -34,7 +34,14 @@ class Sample:
     peak_rss_kib: int
 
 
-def measure(cell: Cell, server: Server, *, runtime_s: float, cpu: str | None) -> Sample:
+def measure(
+    cell: Cell,
+    server: Server,
+    *,
+    runtime_s: float,
+    cpu: str | None,
+    urgent: bool = False,
+) -> Sample:
     """Load a running server.
 
     Args:
@@ -42,11 +49,15 @@ def measure(cell: Cell, server: Server, *, runtime_s: float, cpu: str | None) ->
         server: Already serving the cell's disk on a Unix socket.
         runtime_s: How long, where the cell does not say how much.
         cpu: The processors for fio, in taskset's words; None for any.
+        urgent: Whether fio has a real-time priority, so that it does not wait for a
+            processor that others use. That takes root, and is left out without.
     """
     before = cpu_seconds(server.pid)
+    urgency = ["chrt", "--fifo", "1"] if urgent and os.geteuid() == 0 else []
     # Not from stdout: the nbd engine greets there.
     report = server.directory / "fio.json"
-    run(*fio_command(cell, server.uri("unix"), report, runtime_s=runtime_s, cpu=cpu))
+    uri = server.uri("unix")
+    run(*urgency, *fio_command(cell, uri, report, runtime_s=runtime_s, cpu=cpu))
     spent = cpu_seconds(server.pid) - before
     rate, bytes_per_s, p99_us, requests = sample_of(report)
     return Sample(

@@ -99,7 +99,8 @@ async def running(
     assert disk.closed
     assert not (tmp_path / "socket").exists()
     assert running.server.connections == 0
-    assert running.server._pool.lent == 0, "buffers are leaked"
+    # large reads that the server gave up on end piece by piece
+    await until(lambda: running.server._pool.lent == 0, "the last buffer's return")
     assert running.server._shared.budget.used == 0, "the budget leaks"
     await asyncio.sleep(0)
     left = asyncio.all_tasks() - tasks - {asyncio.current_task()}
