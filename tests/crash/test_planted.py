@@ -17,6 +17,7 @@ _EFFORT = Effort(per_event=16, qemu=1 << 30, recover=1 << 30, cut_again=1 << 30)
 _SEEDS = 25
 
 
+@pytest.mark.replaces
 @pytest.mark.parametrize("name", PLANTED)
 def test_planted_fault_is_found(
     name: str, image_of: MakeImage, monkeypatch: pytest.MonkeyPatch

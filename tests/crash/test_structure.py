@@ -511,6 +511,7 @@ async def test_power_cuts_while_repairing(tmp_path: Path, field: str) -> None:
     assert cutter.states > 0
 
 
+@pytest.mark.replaces
 async def test_the_oracle_sees_a_missing_barrier(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -27,23 +27,34 @@ from tests.crash.flavours import Image
 from tests.crash.guest import Allowed, MismatchError, Request, Values, compare, stamp
 
 
-class LoggedRedo(RedoLog):
+class LoggedRedo:
     """A redo log of which each state is kept."""
 
     def __init__(self, path: Path, disk: Disk) -> None:
-        super().__init__(path)
+        self._log = RedoLog(path)
+        self._path = path
         self._disk = disk
         # it takes the place of what a killed server left
-        disk.note(Redone(path.read_bytes()))
+        self._note()
+
+    @property
+    def sequence(self) -> int:
+        return self._log.sequence
 
     def link(self, guest_cluster: int, entry_in_file: int, entry: int) -> bool:
-        done = super().link(guest_cluster, entry_in_file, entry)
-        self._disk.note(Redone(self.path.read_bytes()))
+        done = self._log.link(guest_cluster, entry_in_file, entry)
+        self._note()
         return done
 
     def committed(self, sequence: int) -> None:
-        super().committed(sequence)
-        self._disk.note(Redone(self.path.read_bytes()))
+        self._log.committed(sequence)
+        self._note()
+
+    def close(self, *, remove: bool) -> None:
+        self._log.close(remove=remove)
+
+    def _note(self) -> None:
+        self._disk.note(Redone(self._path.read_bytes()))
 
 
 @dataclass(slots=True)

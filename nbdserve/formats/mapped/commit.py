@@ -35,7 +35,7 @@ from nbdserve.formats.mapped.waits import Pins
 from nbdserve.storage.base import Storage
 
 if TYPE_CHECKING:
-    from nbdserve.formats.mapped.redo import RedoLog
+    from nbdserve.formats.mapped.redo import Redo
 
 #: A held word: its table and its index there.
 Key = tuple[Table, int]
@@ -95,7 +95,7 @@ class Committer:
         """
         self.writethrough = writethrough
         self.dirty = False
-        self.redo: RedoLog | None = None
+        self.redo: Redo | None = None
         self.failed: OSError | None = None
         self.refusal: str | None = None
         self._storage = storage

@@ -19,7 +19,7 @@ from nbdserve.formats.mapped.lend import Lender
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts, Space
 from nbdserve.formats.mapped.read import Reader
-from nbdserve.formats.mapped.redo import Link, RedoLog
+from nbdserve.formats.mapped.redo import Link, Redo
 from nbdserve.formats.mapped.status import block_status
 from nbdserve.formats.mapped.write import Writer
 from nbdserve.storage.base import Buffer
@@ -268,7 +268,7 @@ class MappedImage(BlockDevice):
         """How long writers have had to wait for the longest `exclusive`."""
         return self._parts.gate.longest_s
 
-    def use_redo(self, redo: RedoLog) -> None:
+    def use_redo(self, redo: Redo) -> None:
         """Log acknowledged links of copying writes from now on."""
         if self._space is not None:
             self._space.commit.redo = redo

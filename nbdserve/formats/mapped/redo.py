@@ -18,7 +18,7 @@ import os
 import struct
 import zlib
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, Protocol
 
 from nbdserve.formats.mapped.entries import BITMAP_SHIFT, WORD_MASK
 
@@ -69,6 +69,23 @@ def _pack(guest_cluster: int, old: int, new: int, sequence: int) -> bytes:
     )
     body = _RECORD.pack(guest_cluster, *entries, sequence, 0, 0)
     return _RECORD.pack(guest_cluster, *entries, sequence, zlib.crc32(body), 0)
+
+
+class Redo(Protocol):
+    """What a commit needs of a redo log: `RedoLog`, or one that watches it."""
+
+    @property
+    def sequence(self) -> int:
+        """See `RedoLog`."""
+
+    def link(self, guest_cluster: int, entry_in_file: int, entry: int) -> bool:
+        """See `RedoLog.link`."""
+
+    def committed(self, sequence: int) -> None:
+        """See `RedoLog.committed`."""
+
+    def close(self, *, remove: bool) -> None:
+        """See `RedoLog.close`."""
 
 
 class RedoLog:
