@@ -16,8 +16,8 @@ _PRESENT_S: Final = 0.1
 #: short turn has, is modest.
 MODEST: Final = 4
 
-#: How long others are served while a modest client is present: a handful of small requests.
-SHORT_TURN_S: Final = 0.00005
+#: How long others are served while a modest client is present: two or three small requests.
+SHORT_TURN_S: Final = 0.000025
 
 #: The same in bytes: copying them takes 15 to 30 us.
 SHORT_TURN_BYTES: Final = 64 << 10

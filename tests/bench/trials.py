@@ -6,6 +6,7 @@ medians of the rounds.
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import ssl
 import statistics
@@ -19,7 +20,7 @@ from pathlib import Path
 from tests.bench import scale
 from tests.bench.cells import KIB, MIB, Cell, Disk
 from tests.bench.contenders import INSTALLED, installed_version, state_options
-from tests.bench.disks import SIZES, Disks
+from tests.bench.disks import Disks
 from tests.bench.load import cpu_seconds, fio_command, measure, sample_of
 from tests.bench.report import Rows, aligned
 from tests.helpers.certificates import make_certificates
@@ -29,12 +30,35 @@ from tests.helpers.tools import run
 HOT = Cell("hot", "", Disk.ALLOCATED, "randread", 4 * KIB, 1, options=("--size=64M",))
 BUSY = Cell("busy", "", Disk.ALLOCATED, "randread", 4 * KIB, 32)
 
-#: What the neighbour does, as fio says it, while hot reads are timed.
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Neighbour:
+    """What another client does while hot reads are timed, as fio says it.
+
+    Attributes:
+        throttled: Bytes per second and direction that the disk gives the server, None for
+            all it has.
+    """
+
+    pattern: str
+    block_size: int
+    depth: int
+    throttled: int | None = None
+
+
 NEIGHBOURS = {
-    "cold 4 KiB reads, depth 32": ("randread", 4 * KIB, 32),
-    "cold 1 MiB reads, depth 8": ("randread", MIB, 8),
-    "1 MiB writes, depth 8, each 8 flushed": ("randwrite", MIB, 8),
+    "cold 4 KiB reads, depth 32": Neighbour("randread", 4 * KIB, 32),
+    "cold 1 MiB reads, depth 8": Neighbour("randread", MIB, 8),
+    "1 MiB writes, depth 8, each 8 flushed": Neighbour("randwrite", MIB, 8),
+    "cold 4 KiB reads, 4 MiB/s": Neighbour("randread", 4 * KIB, 32, 4 * MIB),
+    "4 KiB writes, 4 MiB/s": Neighbour("randwrite", 4 * KIB, 32, 4 * MIB),
 }
+
+#: More than is read while the other client is timed: it must stay cold.
+_SLOW_BYTES = 4 << 30
+
+#: Where the kernel throttles disks for groups of processes.
+_BLKIO = Path("/sys/fs/cgroup/blkio")
 
 
 def tls(scratch: Path, rounds: int) -> Rows:
@@ -109,15 +133,20 @@ def fairness(scratch: Path, rounds: int) -> Rows:
 
     Three processes share the processors then. Who is timed has a real-time priority: else
     this were about which of the clients gets a processor, which is the kernel's affair. What
-    remains of that shows where the neighbour is served by another server.
+    remains of that shows where the neighbour is served by another server. Throttled
+    neighbours need the right to make a control group (blkio, version 1).
     """
     disks = Disks(scratch)
     hot = disks.prepare(Disk.ALLOCATED, "qcow2")
     slow = scratch / "slow.qcow2"
-    run("cp", hot, slow)
+    argv = ["qemu-img", "create", "-q", "-f", "qcow2", "-o", "preallocation=full"]
+    run(*argv, slow, str(_SLOW_BYTES))
+    names = [
+        name for name, at in NEIGHBOURS.items() if not at.throttled or _BLKIO.exists()
+    ]
     alone: list[float] = []
     found: dict[tuple[str, bool], list[float]] = {
-        (name, same): [] for name in NEIGHBOURS for same in (True, False)
+        (name, same): [] for name in names for same in (True, False)
     }
     for _ in range(rounds):
         for (name, same), p99s in found.items():
@@ -133,14 +162,14 @@ def fairness(scratch: Path, rounds: int) -> Rows:
                     measure(HOT, one, runtime_s=1.0, cpu=None, urgent=True).p99_us
                 )
                 uri = other.uri("unix", "slow" if same else "disk")
-                with _neighbour(name, uri):
+                with _throttled(other.pid, slow, name), _neighbour(name, uri):
                     p99s.append(
                         measure(HOT, one, runtime_s=1.0, cpu=None, urgent=True).p99_us
                     )
     idle = statistics.median(alone)
     rows = [["hot 4 KiB reads, depth 1: p99", "us", "against alone", "other server us"]]
     rows.append(["alone", f"{idle:.0f}", "1.00x", ""])
-    for name in NEIGHBOURS:
+    for name in names:
         p99, elsewhere = (
             statistics.median(found[name, same]) for same in (True, False)
         )
@@ -162,13 +191,37 @@ def _serving_disk(image: Path, where: Path, *slow: Path) -> Server:
 
 
 @contextlib.contextmanager
+def _throttled(pid: int, image: Path, name: str) -> Iterator[None]:
+    """Have the disk of `image` be as slow for a process as `NEIGHBOURS` says of `name`."""
+    rate = NEIGHBOURS[name].throttled
+    if rate is None:
+        yield
+        return
+    number = image.stat().st_dev
+    disk = Path(f"/sys/dev/block/{os.major(number)}:{os.minor(number)}").resolve()
+    if (disk / "partition").exists():
+        disk = disk.parent
+    group = _BLKIO / f"nbdserve-bench-{os.getpid()}"
+    group.mkdir()
+    try:
+        for direction in ("read", "write"):
+            limit = f"{(disk / 'dev').read_text().strip()} {rate}"
+            (group / f"blkio.throttle.{direction}_bps_device").write_text(limit)
+        (group / "cgroup.procs").write_text(str(pid))
+        yield
+    finally:
+        (_BLKIO / "cgroup.procs").write_text(str(pid))
+        group.rmdir()
+
+
+@contextlib.contextmanager
 def _neighbour(name: str, uri: str) -> Iterator[None]:
     """Have a client of `uri` do what is called `name`."""
-    pattern, block_size, depth = NEIGHBOURS[name]
-    argv = ["fio", "--name=slow", "--ioengine=nbd", f"--uri={uri}", f"--rw={pattern}"]
-    argv += [f"--bs={block_size}", f"--iodepth={depth}", "--time_based"]
-    argv += ["--runtime=30", f"--size={SIZES[Disk.ALLOCATED]}"]
-    argv += ["--fsync=8"] if "write" in pattern else []
+    it = NEIGHBOURS[name]
+    argv = ["fio", "--name=slow", "--ioengine=nbd", f"--uri={uri}"]
+    argv += [f"--rw={it.pattern}", f"--bs={it.block_size}", f"--iodepth={it.depth}"]
+    argv += ["--time_based", "--runtime=30", f"--size={_SLOW_BYTES}"]
+    argv += ["--fsync=8"] if it.pattern == "randwrite" else []
     with subprocess.Popen(argv, stdout=subprocess.DEVNULL) as fio:
         try:
             time.sleep(0.5)
