@@ -68,14 +68,16 @@ MYPY_OPTIONS = (
 
 
 def _wanted() -> str:
-    return os.environ.get("NBDSERVE_COMPILE", "")
+    wanted = os.environ.get("NBDSERVE_COMPILE", "")
+    if wanted not in {"", "yes", "no"}:
+        raise RuntimeError(f"NBDSERVE_COMPILE has to be yes or no, not {wanted!r}")
+    return wanted
 
 
 def _refusal() -> str | None:
     """Say why nothing can be compiled, or None."""
-    command = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[
-        0
-    ]
+    words = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "").split()
+    command = words[0] if words else "cc"
     if shutil.which(command) is None:
         return f"there is no C compiler ({command})"
     header = Path(sysconfig.get_path("include"), "Python.h")
@@ -127,7 +129,8 @@ class CompileHook(BuildHookInterface[Any]):
         """See https://hatch.pypa.io/latest/plugins/build-hook/reference/.
 
         Raises:
-            RuntimeError: `NBDSERVE_COMPILE` is "yes", and it can't be done.
+            RuntimeError: `NBDSERVE_COMPILE` is "yes", and it can't be done, or is something
+                else than "yes" and "no".
         """
         if version == "editable" or _wanted() == "no":
             return

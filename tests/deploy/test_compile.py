@@ -69,6 +69,12 @@ def test_who_wants_it_compiled_is_told_why_it_is_not(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_what_is_neither_yes_nor_no_is_an_error(tmp_path: Path) -> None:
+    built = build(tmp_path, NBDSERVE_COMPILE="0")
+    assert built.returncode != 0
+    assert "NBDSERVE_COMPILE has to be yes or no, not '0'" in built.stderr
+
+
 def test_what_is_compiled_exists_and_each_module_once() -> None:
     modules = runpy.run_path(str(HOOK))["MODULES"]
     assert len(set(modules)) == len(modules) > 0
