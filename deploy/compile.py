@@ -24,6 +24,7 @@ MODULES = (
     "formats/mapped/commit",
     "formats/mapped/entries",
     "formats/mapped/free_runs",
+    "formats/mapped/geometry",
     "formats/mapped/inflate",
     "formats/mapped/lend",
     "formats/mapped/loans",

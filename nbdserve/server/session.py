@@ -75,9 +75,8 @@ _MOST_BORROWED_IN_COMPANY: Final = 1 << 20
 _BULK_IN_COMPANY: Final = 128 << 10
 
 
-@dataclass(slots=True)
 class _Waiting:
-    """A request that has to wait.
+    """A request that has to wait; not a dataclass, whose `__init__` stays interpreted.
 
     Attributes:
         buffer: What it holds: room for the reply of a read, the payload of a write.
@@ -85,14 +84,35 @@ class _Waiting:
         disk: Which disk of the session it is for, by number.
     """
 
-    command: int
-    flags: int
-    cookie: int
-    offset: int
-    length: int
-    buffer: Buffer | None = None
-    start: int = 0
-    disk: int = 0
+    __slots__ = (
+        "buffer",
+        "command",
+        "cookie",
+        "disk",
+        "flags",
+        "length",
+        "offset",
+        "start",
+    )
+
+    def __init__(  # noqa: PLR0913, PLR0917 -- what a request consists of
+        self,
+        command: int,
+        flags: int,
+        cookie: int,
+        offset: int,
+        length: int,
+        buffer: Buffer | None = None,
+        start: int = 0,
+    ) -> None:
+        self.command = command
+        self.flags = flags
+        self.cookie = cookie
+        self.offset = offset
+        self.length = length
+        self.buffer = buffer
+        self.start = start
+        self.disk = 0
 
     @property
     def bytes_held(self) -> int:

@@ -224,8 +224,8 @@ class Ring:
         if not self._scheduled:
             self._scheduled = True
             self.loop.call_soon(self._end_turn)
-        enough = _BATCH_IN_COMPANY if company.present() else _BATCH
-        if self._put - self._submitted >= enough:
+        pending = self._put - self._submitted
+        if pending >= _BATCH or (pending == _BATCH_IN_COMPANY and company.present()):
             self._submit()
         return call
 
