@@ -37,7 +37,7 @@ LIMIT: Final = 64 << 10
 #: when all of it is done; with one of 32, drive and server waited for each other in turn
 #: (30,900 cold reads a second instead of 36,100).
 _BATCH: Final = 8
-#: The same while others wait: the kernel takes 10 us for each read that it begins.
+#: The same while others wait: the kernel takes 6 us for each read that it begins.
 _BATCH_IN_COMPANY: Final = 4
 
 #: Reads in flight; who comes then takes a thread.

@@ -82,7 +82,7 @@ class TableAllocation:
 class DataAllocation:
     """Clusters for one write, contiguous for the guest and in the file.
 
-    It is not a dataclass, whose `__init__` would stay interpreted: 1 us for each write.
+    It is not a dataclass: their `__init__` stays interpreted where this is compiled.
 
     Attributes:
         table: The L2 table, which is this disk's own.
