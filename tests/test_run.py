@@ -37,7 +37,7 @@ def environment(tmp_path: Path) -> dict[str, str]:
     }
 
 
-def tests_run(
+def start(
     environment: dict[str, str], *arguments: str
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
@@ -54,7 +54,7 @@ def tests_run(
 def test_all_passed(
     environment: dict[str, str], tmp_path: Path, which: list[str]
 ) -> None:
-    run = tests_run(environment, *which)
+    run = start(environment, *which)
     assert (run.returncode, run.stderr) == (0, "")
     assert "tests/run: all passed" in run.stdout.splitlines()[-1]
     assert not list(tmp_path.glob("tmp.*"))
@@ -71,7 +71,7 @@ def test_all_passed(
     ],
 )
 def test_what_failed(environment: dict[str, str], broken: str, told: str) -> None:
-    run = tests_run(environment | {"BROKEN": broken})
+    run = start(environment | {"BROKEN": broken})
     assert run.returncode == 1
     assert run.stderr == f"tests/run: FAILED: {told}\n"
 
