@@ -90,6 +90,10 @@ FLAVOURS: Final = {
     "v3-512-many-blocks": Flavour(
         options=_512 + ",refcount_bits=64", size=60 * KIB, pool=200
     ),
+    # 61 clusters of the 64 that its refcount block counts are in use
+    "v3-512-next-block": Flavour(
+        options=_512 + ",refcount_bits=64", size=32 * KIB, filled=True
+    ),
     "v3-512-table-grows": Flavour(
         options=_512 + ",refcount_bits=64",
         size=80 * KIB,

@@ -265,6 +265,18 @@ def blocks_in_any_order(patch: Patch) -> None:
     patch.setattr(RefcountedPool, "_counted_in", lambda _self, _block: -1)
 
 
+def block_entry_not_durable(patch: Patch) -> None:
+    """Clusters are linked before the refcount table durably names the block that counts them."""
+    enter = RefcountedPool._enter
+
+    async def new_enter(self: RefcountedPool, blocks: dict[int, Block]) -> None:
+        with pytest.MonkeyPatch.context() as within:
+            within.setattr(RefcountedPool, "_persist", _nothing)
+            await enter(self, blocks)
+
+    patch.setattr(RefcountedPool, "_enter", new_enter)
+
+
 def table_moved_too_early(patch: Patch) -> None:
     """The header names a new refcount table before that is durable."""
     move = RefcountedPool._move_table
@@ -564,6 +576,7 @@ PLANTED: Final = {
         Planted(dirty_tables_evicted, ("v3-512-snapshot",)),
         Planted(block_not_durable, ("v3-512-many-blocks",)),
         Planted(blocks_in_any_order, ("v3-512-many-blocks",)),
+        Planted(block_entry_not_durable, ("v3-512-next-block",)),
         Planted(table_moved_too_early, ("v3-512-table-grows",)),
         Planted(flush_joins_a_running_commit, ("v3-filled", "v3-backed")),
         Planted(flush_does_not_wait, ("v3", "v1")),
