@@ -20,6 +20,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 #: What a request or its reply passes, and nothing else: a minute of a compiler's time.
 MODULES = (
     "block/dirty_bitmap",
+    "block/zeros",
     "formats/mapped/allocator",
     "formats/mapped/commit",
     "formats/mapped/entries",

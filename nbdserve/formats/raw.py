@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
 from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.zeros import clear, zeros
 from nbdserve.errors import ConfigError, RequestError
 from nbdserve.formats.preallocation import write_zeros
 from nbdserve.storage.base import Storage
@@ -20,8 +21,6 @@ from nbdserve.storage.base import Storage
 HOLE_QUERY_MIN = 64 << 10
 #: Shorter holes are sent as the zeros that they are.
 HOLE_MIN = 32 << 10
-
-_ZEROS = bytes(1 << 20)
 
 
 class RawImage(BlockDevice):
@@ -54,7 +53,7 @@ class RawImage(BlockDevice):
         if len(buffer) >= HOLE_QUERY_MIN:
             hole = self._storage.hole_at(offset, len(buffer))
             if hole >= HOLE_MIN:
-                _clear(buffer[:hole])
+                clear(buffer[:hole])
                 await self._read(offset + hole, buffer[hole:])
                 return ((0, hole),)
         if not self._storage.try_read(offset, buffer):
@@ -138,10 +137,9 @@ class RawImage(BlockDevice):
         return False
 
     async def _write_zeros(self, offset: int, length: int) -> None:
-        zeros = memoryview(_ZEROS)
         end = offset + length
         while offset < end:
-            piece = zeros[: min(len(zeros), end - offset)]
+            piece = zeros(offset, end)
             # In a thread even where writing is quick: there may be 4 GiB to come.
             await self._storage.write(offset, piece)
             offset += len(piece)
@@ -250,9 +248,3 @@ class RawImage(BlockDevice):
                 f"{os.strerror(errno.EIO)}: an earlier sync failed",
                 self._storage.name,
             )
-
-
-def _clear(buffer: memoryview) -> None:
-    for start in range(0, len(buffer), len(_ZEROS)):
-        piece = buffer[start : start + len(_ZEROS)]
-        piece[:] = memoryview(_ZEROS)[: len(piece)]

@@ -198,7 +198,12 @@ class Knobs:
     """How the engine is set up in one example."""
 
     def __init__(
-        self, seed: int, redo: bool, writethrough: bool, tiny: bool, eager: bool
+        self,
+        seed: int,
+        redo: bool = False,
+        writethrough: bool = False,
+        tiny: bool = False,
+        eager: bool = False,
     ) -> None:
         self.seed = seed
         self.redo = redo
@@ -281,3 +286,22 @@ def test_requests_in_flight_against_a_model(prepared: Prepared) -> None:
         example.judge_with_qemu()
 
     check()
+
+
+@pytest.mark.parametrize(
+    ("prepared", "kind"),
+    [("v3-2M", "zero-data"), ("v3-2M", "zero"), ("data-file", "zero-data")],
+    indirect=["prepared"],
+)
+async def test_no_sector_is_in_two_pieces(prepared: Prepared, kind: str) -> None:
+    """Long zeroes that begin anywhere, and writes, end sector by sector as one of them."""
+    size = len(prepared.model)
+    batch = [
+        Operation("write", 0, size, 1),
+        Operation(kind, 1, size - 2, 0),
+        Operation("write", 0, size, 2),
+        Operation(kind, 3, size - 3, 0),
+    ]
+    for seed in range(4):
+        example = Example(prepared, Knobs(seed))
+        await example.run([[batch[seed % 2 :], batch]])

@@ -7,6 +7,7 @@ import asyncio
 from array import array
 from typing import Final
 
+from nbdserve.block.zeros import zeros
 from nbdserve.formats.mapped import subclusters
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer
@@ -33,7 +34,6 @@ from nbdserve.formats.mapped.tables import Table
 from nbdserve.formats.mapped.write import Writer
 
 _OWNED: Final = {UNPUBLISHED: OWNED, SPLIT_UNPUBLISHED: SPLIT_OWNED}
-_ZEROS: Final = memoryview(bytes(1 << 20))
 #: Clusters changed between two looks at the event loop (about a millisecond).
 _TURN: Final = 2048
 
@@ -130,7 +130,7 @@ class Discarder:
     async def _write_zeros(self, offset: int, end: int) -> None:
         """Write zeros as data, so that the range stays or becomes allocated."""
         while offset < end:
-            piece = _ZEROS[: end - offset]
+            piece = zeros(offset, end)
             await self._writer.write(offset, piece)
             offset += len(piece)
             # each piece may have been a megabyte written inline

@@ -10,6 +10,7 @@ from errno import EOPNOTSUPP
 from itertools import takewhile
 from typing import Final
 
+from nbdserve.block.zeros import zeros
 from nbdserve.formats.mapped.allocator import Allocator
 from nbdserve.formats.mapped.commit import Committer, Freed
 from nbdserve.formats.mapped.entries import (
@@ -23,7 +24,6 @@ from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts
 from nbdserve.formats.mapped.write import Writer
 
-_ZEROS: Final = memoryview(bytes(1 << 20))
 #: Clusters given back by one call: those that write to one of them wait meanwhile.
 _MOST: Final = 1 << 10
 
@@ -61,12 +61,17 @@ class ExternalZeros:
             length = run.length
             if run.kind not in (OWNED, UNALLOCATED, ZERO, ZERO_ALLOCATED):
                 # its link is not in the file yet, or it is not valid
-                length = min(length, self._geometry.cluster_size, len(_ZEROS))
-                await self._writer.write(offset, _ZEROS[:length])
+                length = min(length, self._geometry.cluster_size)
+                length = await self._write_zeros(offset, length)
             elif not await self._zero(offset, length, unmap=unmap):
-                length = min(length, len(_ZEROS))
-                await self._writer.write(offset, _ZEROS[:length])
+                length = await self._write_zeros(offset, length)
             offset += length
+
+    async def _write_zeros(self, offset: int, length: int) -> int:
+        """Write some of that many zeros; return how many."""
+        piece = zeros(offset, offset + length)
+        await self._writer.write(offset, piece)
+        return len(piece)
 
     async def _zero(self, offset: int, length: int, *, unmap: bool) -> bool:
         """Zero a range of the file; False if there is no quick way."""

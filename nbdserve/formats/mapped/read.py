@@ -1,9 +1,9 @@
 """Reading: from the mapping, the backing file, or the compressed clusters."""
 
 from collections.abc import Sequence
-from typing import Final
 
 from nbdserve.block.device import BlockDevice, Hole
+from nbdserve.block.zeros import clear
 from nbdserve.formats.mapped.entries import (
     BAD,
     COMPRESSED,
@@ -14,19 +14,6 @@ from nbdserve.formats.mapped.entries import (
 from nbdserve.formats.mapped.inflate import Inflater
 from nbdserve.formats.mapped.mapping import Mapping, Run
 from nbdserve.formats.mapped.parts import Parts
-
-_ZEROS: Final = memoryview(bytes(1 << 20))
-
-
-def fill_zeros(view: memoryview) -> None:
-    """Make all of `view` zeros."""
-    length = len(view)
-    if length <= len(_ZEROS):
-        view[:] = _ZEROS[:length]
-        return
-    for start in range(0, length, len(_ZEROS)):
-        end = min(start + len(_ZEROS), length)
-        view[start:end] = _ZEROS[: end - start]
 
 
 class Reader:
@@ -125,7 +112,7 @@ class Reader:
             return ()
         if run.kind == BAD:
             raise self._mapping.corrupt(guest_offset, run.word, "is not valid")
-        fill_zeros(view)
+        clear(view)
         return ((0, len(view)),)
 
     @staticmethod
@@ -138,7 +125,7 @@ class Reader:
             return await backing.read_into(offset, view)
         there = max(backing.size - offset, 0)
         holes = list(await backing.read_into(offset, view[:there])) if there else []
-        fill_zeros(view[there:])
+        clear(view[there:])
         if holes and sum(holes[-1]) == there:
             there = holes.pop()[0]
         holes.append((there, length - there))
