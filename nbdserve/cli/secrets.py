@@ -110,6 +110,9 @@ def new_encryption(
     if not judge_encryption(arguments):
         if arguments.iter_time is not None:
             raise ConfigError("--iter-time needs --encryption luks")
+        if secret_files:
+            # nobody who names a passphrase wants an image that anybody can read
+            raise ConfigError(f"{option} needs --encryption luks")
         return None
     from nbdserve.formats.crypto.new_luks import new_luks
     from nbdserve.formats.crypto.secret import read_secret

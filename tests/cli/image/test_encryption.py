@@ -89,6 +89,7 @@ def test_create(
         ("--encryption rot13 --secret-file {s}", "must be luks"),
         ("--cipher aes-128", "--cipher needs --encryption"),
         ("--iter-time 10", "--iter-time needs --encryption"),
+        ("--secret-file {s}", "--secret-file needs --encryption luks"),
         ("--encryption luks --secret-file {s} --iter-time 0", "1 to 60000 milli"),
         ("--encryption luks --secret-file {s} --iter-time x", "not a whole number"),
         ("--encryption luks --secret-file {s} --format raw", "for qcow2 only"),
@@ -136,6 +137,15 @@ def test_convert_there_and_back(
     for refused in ("--compress zlib", "--preallocation falloc"):
         words = refused.split()
         image("convert", raw, tmp_path / "no.qcow2", *new, *words, expect=1)
+
+
+def test_convert_leaves_nothing_in_the_clear_by_accident(
+    tmp_path: Path, raw: Path, secret: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "plain.qcow2"
+    image("convert", raw, path, "--target-secret-file", secret, expect=1)
+    assert "--target-secret-file needs --encryption luks" in capsys.readouterr().err
+    assert not path.exists()
 
 
 def test_convert_over_a_backing_file(
