@@ -287,8 +287,10 @@ def _create(config: ServeConfig) -> bool:
     Raises:
         ConfigError: It can't be made.
     """
+    if config.create_size is None:
+        return False  # a configuration file need not have any exports yet
     path = config.images[0].path
-    if config.create_size is None or os.path.lexists(path):
+    if os.path.lexists(path):
         return False
     if config.images[0].secret_files:
         raise ConfigError(

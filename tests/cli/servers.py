@@ -39,10 +39,14 @@ class ServeProcess:
 
     def wait_until_ready(self) -> Self:
         """Read the announcement, whose last line is the nbdcopy command."""
+        return self.wait_for_announcement("nbdcopy ")
+
+    def wait_for_announcement(self, last: str) -> Self:
+        """Read the announcement until a line begins with `last`."""
         assert self._process.stdout is not None
         for line in self._process.stdout:
             self.announcement += line
-            if line.startswith("nbdcopy "):
+            if line.startswith(last):
                 break
         else:
             raise RuntimeError(f"the server ended: {self.end()}: {self.log()}")

@@ -77,6 +77,20 @@ def test_a_file_and_the_command_line_add_up(
         assert server.end() == 0
 
 
+def test_a_file_without_exports_gets_them_later(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    configure(folder, text='unix = ["s"]')
+    with ServeProcess("--config", "nbdserve.toml", cwd=folder) as server:
+        server.wait_for_announcement("no exports yet")
+        assert exports(folder, capsys) == {}
+        configure(folder)
+        os.kill(server.pid, signal.SIGHUP)
+        server.wait_for_log("reloaded")
+        assert exports(folder, capsys) == {"a": "one"}
+        assert server.end() == 0
+
+
 def test_a_mistake_in_the_file_is_one_line(folder: Path) -> None:
     configure(folder, more="colour = 1")
     result = run("serve", "--config", "nbdserve.toml", cwd=folder)
