@@ -27,6 +27,7 @@ from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
 from nbdserve.exports.opening import open_disk, open_export
 from nbdserve.exports.registry import Registry
+from nbdserve.observe.streams import point_to_nowhere
 from nbdserve.server.limits import Limits, changed
 from nbdserve.server.listeners import (
     Endpoint,
@@ -241,10 +242,8 @@ def _stdin_client() -> socket.socket:
         os.close(fd)
         raise ConfigError("--stdio: stdin is not a connected socket") from error
     # the client has to see the end when we close, and no words of ours
-    null = os.open(os.devnull, os.O_RDWR)
-    os.dup2(null, 0)
-    os.dup2(null, 1)
-    os.close(null)
+    point_to_nowhere(0)
+    point_to_nowhere(1)
     return client
 
 

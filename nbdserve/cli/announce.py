@@ -2,12 +2,13 @@
 
 import os
 import shlex
+import sys
 
 import structlog
 
 from nbdserve.app import Serving
-from nbdserve.cli.output import discard_stdout
 from nbdserve.config.units import format_size
+from nbdserve.observe.streams import point_to_nowhere
 from nbdserve.server.listeners import Endpoint, TcpEndpoint, UnixEndpoint
 from nbdserve.storage.names import shown
 from nbdserve.wire.uri import NbdUri
@@ -34,7 +35,7 @@ def announce(serving: Serving) -> None:
         print(announcement(serving), flush=True)
     except BrokenPipeError:
         # no reason to take the disks away from their guests
-        discard_stdout()
+        point_to_nowhere(sys.stdout.fileno())
         structlog.get_logger().warning("nobody reads where the exports are")
 
 

@@ -8,6 +8,7 @@ from importlib.machinery import ExtensionFileLoader, PathFinder
 
 from nbdserve import __version__
 from nbdserve.errors import ConfigError, NbdserveError
+from nbdserve.observe.streams import open_missing, point_to_nowhere
 
 #: Exit codes that other people's scripts rely on.
 OK = 0
@@ -65,6 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 1 for any failure, unless the command has others.
     """
+    open_missing()
     words = list(sys.argv[1:] if argv is None else argv)
     failed = FAILURE_CODES.get(" ".join(words[:2]), FAILED)
     try:
@@ -72,9 +74,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
     except (NbdserveError, OSError) as error:
         if isinstance(error, BrokenPipeError) and error.filename is None:
-            from nbdserve.cli.output import discard_stdout
-
-            discard_stdout()
+            point_to_nowhere(sys.stdout.fileno())
             return failed
         print(f"nbdserve: {explain(error)}", file=sys.stderr)
         return failed

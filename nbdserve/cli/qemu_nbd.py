@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NoReturn
 from nbdserve import __version__
 from nbdserve.cli.parser import Parser, judged
 from nbdserve.errors import ConfigError, NbdserveError
+from nbdserve.observe.streams import open_missing, point_to_nowhere
 from nbdserve.storage.names import shown
 
 if TYPE_CHECKING:
@@ -69,6 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     from nbdserve.cli.main import FAILED, INTERRUPTED, explain
 
+    open_missing()
     words = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(words)
@@ -339,7 +341,7 @@ def _serve(
             os.write(ready, b"1")
             os.close(ready)
             if not arguments.verbose:
-                _point_to_nowhere(2)
+                point_to_nowhere(2)
 
     configure("console", "info" if arguments.verbose else "warning")
     app.serve(config, announce)
@@ -365,8 +367,8 @@ def _be_daemon(
 
     os.close(told)
     os.setsid()
-    _point_to_nowhere(0)
-    _point_to_nowhere(1)
+    point_to_nowhere(0)
+    point_to_nowhere(1)
     code = 0
     try:
         _serve(arguments, config, ready)
@@ -377,12 +379,6 @@ def _be_daemon(
         code = 1
     sys.stderr.flush()
     os._exit(code)
-
-
-def _point_to_nowhere(fd: int) -> None:
-    nowhere = os.open(os.devnull, os.O_RDWR)
-    os.dup2(nowhere, fd)
-    os.close(nowhere)
 
 
 def _disconnect(arguments: argparse.Namespace) -> int:

@@ -2,9 +2,11 @@
 
 import logging
 import sys
-from typing import Any, Literal
+from typing import Any, Literal, TextIO, cast
 
 import structlog
+
+from nbdserve.observe.streams import LogFile
 
 LogFormat = Literal["console", "json"]
 
@@ -46,6 +48,6 @@ def configure(log_format: LogFormat = "console", level: str = "info") -> None:
     structlog.configure(
         processors=processors,
         wrapper_class=structlog.make_filtering_bound_logger(_LEVELS[level]),
-        logger_factory=structlog.PrintLoggerFactory(sys.stderr),
+        logger_factory=structlog.WriteLoggerFactory(cast("TextIO", LogFile())),
         cache_logger_on_first_use=True,
     )

@@ -1,5 +1,6 @@
 """What a person or a script meets at the command line, whatever the command."""
 
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -159,13 +160,30 @@ def test_a_failing_process_says_so_in_its_exit_code(tmp_path: Path) -> None:
     assert "Traceback" not in result.stderr
 
 
-def test_a_reader_that_left_ends_the_command_quietly() -> None:
-    result = subprocess.run(
-        f"{sys.executable} -m nbdserve --help | true",
+def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Let a shell run what has NBDSERVE in it."""
+    program = shlex.join([sys.executable, "-m", "nbdserve"])
+    return subprocess.run(
+        command.replace("NBDSERVE", program),
         shell=True,
+        cwd=folder,
         capture_output=True,
         text=True,
         timeout=30,
         check=False,
     )
-    assert result.stderr == ""
+
+
+def test_a_reader_that_left_ends_the_command_quietly(tmp_path: Path) -> None:
+    assert shell("NBDSERVE --help | true", tmp_path).stderr == ""
+
+
+@pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])
+def test_closed_standard_files_are_as_dev_null(closed: str, tmp_path: Path) -> None:
+    made = shell(f"NBDSERVE image create disk 1M {closed}", tmp_path)
+    assert (made.returncode, made.stderr) == (0, "")
+    told = shell(f"NBDSERVE image info disk {closed}", tmp_path)
+    assert (told.returncode, told.stderr) == (0, "")
+    wrong = shell(f"NBDSERVE image info missing {closed}", tmp_path)
+    assert wrong.returncode == 1
+    assert "Traceback" not in wrong.stderr

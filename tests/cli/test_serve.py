@@ -160,6 +160,31 @@ def test_a_reader_of_stdout_that_left_ends_nothing(raw: Path, tmp_path: Path) ->
         assert server.wait(30) == 0
 
 
+@pytest.mark.parametrize("streams", [">&-", "2>&-", "<&- >&- 2>&-", "2>&1"])
+def test_a_server_whose_log_nobody_reads_goes_on(
+    streams: str, raw: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "nbdserve", "serve", "disk.img", "--read-only"]
+    reader, writer = os.pipe()
+    os.close(reader)
+    with subprocess.Popen(
+        ["sh", "-c", f'exec "$@" {streams}', "sh", *command, "--unix", "s"],
+        cwd=tmp_path,
+        stdout=writer,
+    ) as server:
+        os.close(writer)
+        deadline = time.monotonic() + 30
+        while not (tmp_path / "s").exists():
+            assert server.poll() is None
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        uri = f"nbd+unix:///disk?socket={tmp_path}/s"
+        for _ in range(2):  # a connection is two lines
+            assert nbdinfo(uri, cwd=tmp_path)["export-size"] == 1 << 20
+        server.terminate()
+        assert server.wait(30) == 0
+
+
 # Making an image
 
 
