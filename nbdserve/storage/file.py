@@ -45,6 +45,9 @@ INLINE_ZERO_LIMIT = 1 << 20
 #: After this many lseek calls (0.4 us each) `extents` lets others run.
 SEEKS_PER_TURN = 256
 
+#: How often an extent is looked at that another thread punches and writes meanwhile.
+_LOOKS = 8
+
 #: A kernel reads from a device in pieces of about 1 MiB at most, or 128 KiB when it reads
 #: ahead: looking at the last byte of so many, 0.5 us each, tells whether any is under way.
 _TRANSFER = 256 << 10
@@ -528,13 +531,17 @@ def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:
 def _next_extent(fd: int, position: int, end: int) -> tuple[int, bool]:
     """Return where the extent at `position` ends (at most `end`), and whether it is data."""
     try:
-        data = os.lseek(fd, position, os.SEEK_DATA)
-        if data > position:
-            return min(data, end), False
-        return min(os.lseek(fd, position, os.SEEK_HOLE), end), True
+        for _ in range(_LOOKS):
+            data = os.lseek(fd, position, os.SEEK_DATA)
+            if data > position:
+                return min(data, end), False
+            hole = os.lseek(fd, position, os.SEEK_HOLE)
+            if hole > position:
+                return min(hole, end), True
+            # punched in between
     except OSError as error:
         if error.errno == errno.ENXIO:  # no data up to the end of the file
             return end, False
-        if error.errno == errno.EINVAL:  # a file system that can't tell
-            return end, True
-        raise
+        if error.errno != errno.EINVAL:  # a file system that can't tell
+            raise
+    return end, True

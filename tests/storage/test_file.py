@@ -15,7 +15,12 @@ import pytest
 from nbdserve.errors import ConfigError
 from nbdserve.storage import executor
 from nbdserve.storage import file as file_module
-from nbdserve.storage.file import INLINE_LIMIT, FileStorage
+from nbdserve.storage.file import (
+    FALLOC_FL_KEEP_SIZE,
+    FALLOC_FL_PUNCH_HOLE,
+    INLINE_LIMIT,
+    FileStorage,
+)
 from nbdserve.storage.pace import BUDGET_S, PAUSE_S, STALL_S, Pace
 
 MIB = 1 << 20
@@ -241,6 +246,39 @@ async def test_many_extents_let_others_run() -> None:
     finally:
         await storage.close()
         path.unlink()
+
+
+@pytest.mark.parametrize("punches", [1, 1000])
+async def test_what_is_punched_between_two_looks_is_no_empty_extent(
+    path: Path, monkeypatch: pytest.MonkeyPatch, punches: int
+) -> None:
+    half = MIB // 2
+    content = path.read_bytes()
+    storage = FileStorage(path)
+    seek = os.lseek
+    punched = 0
+
+    def busy_seek(fd: int, position: int, how: int) -> int:
+        nonlocal punched
+        if position >= half:
+            return seek(fd, position, how)
+        if how == os.SEEK_DATA and 0 < punched < punches:
+            os.pwrite(fd, content[:half], 0)
+        found = seek(fd, position, how)
+        if how == os.SEEK_DATA and punched < punches:
+            punched += 1
+            mode = FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE
+            file_module._fallocate(fd, mode, 0, half)
+        return found
+
+    monkeypatch.setattr(os, "lseek", busy_seek)
+    extents = await storage.extents(0, MIB)
+    monkeypatch.undo()
+    await storage.close()
+    if punches == 1:
+        assert extents == [(half, False), (half, True)]
+    else:
+        assert extents == [(MIB, True)]
 
 
 async def test_read_only_refuses_every_change(path: Path) -> None:
