@@ -426,7 +426,8 @@ class Outbox:
 
     def _lose(self, error: OSError) -> None:
         """Forget all replies: the peer is gone."""
-        self.lost = error
+        # without its traceback, whose frames hold the replies
+        self.lost = error.with_traceback(None)
         self.close()
 
     def close(self) -> None:
