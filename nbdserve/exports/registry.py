@@ -1,6 +1,7 @@
 """Which exports there are."""
 
 from collections.abc import Iterator
+from itertools import islice
 
 from nbdserve.errors import ConfigError
 from nbdserve.exports.access import STRANGER, Access, Client
@@ -33,13 +34,11 @@ class Registry:
         """Whether some export exists for encrypted connections only."""
         return any(export.policy.tls_only for export in self._exports.values())
 
-    def visible_to(self, client: Client) -> list[Export]:
-        """Return the exports that a client may use, in the order they were added."""
-        return [
-            export
-            for export in self._exports.values()
-            if export.policy.access_of(client) is not Access.NONE
-        ]
+    def visible_to(self, client: Client) -> Iterator[Export]:
+        """Go through the exports that a client may use, in the order they were added."""
+        for export in self:
+            if export.policy.access_of(client) is not Access.NONE:
+                yield export
 
     def find(self, name: str, client: Client = STRANGER) -> Export | None:
         """Return the export that a client means, if there is one that it may use.
@@ -51,7 +50,7 @@ class Registry:
         export = self._exports.get(name)
         if export is not None and export.policy.access_of(client) is not Access.NONE:
             return export
-        visible = [] if name else self.visible_to(client)
+        visible = () if name else tuple(islice(self.visible_to(client), 2))
         return visible[0] if len(visible) == 1 else None
 
     def get(self, name: str) -> Export | None:

@@ -22,8 +22,8 @@ from nbdserve.server.tls import (
     explain,
 )
 
-#: Most handshakes of a client fit into one packet, and a record of TLS into this.
-_RECEIVE: Final = 16 << 10
+#: Most handshakes of a client fit into one packet. 256 options in here take a millisecond.
+_RECEIVE: Final = 4 << 10
 #: struct ucred of unix(7): pid, uid, gid
 _PEER_CREDENTIALS: Final = struct.Struct("=iII")
 

@@ -1,6 +1,8 @@
 """Drive the handshake over a socket, and look up what clients ask for."""
 
+import asyncio
 from dataclasses import dataclass
+from typing import Final
 
 import structlog
 
@@ -12,13 +14,16 @@ from nbdserve.server.line import Line
 from nbdserve.server.tls import TlsCredentials
 from nbdserve.wire.constants import Option, OptionReply
 from nbdserve.wire.handshake import (
-    Ask,
+    ContextsAsked,
     ExportAsked,
     ExportsAsked,
     HandshakeState,
     Negotiated,
     ServerHandshake,
 )
+
+#: Exports that are listed between two turns of the loop: 0.1 ms.
+_NAMES: Final = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,10 +74,17 @@ async def negotiate(
         received = await line.receive()
         if not received:
             return "closed by the client during the handshake"
+        await asyncio.sleep(0)  # others first: some clients never stop sending
         handshake.feed(received)
         while (ask := handshake.next_ask()) is not None:
-            chosen = await _answer(ask, handshake, registry, line.client, most_clients)
+            if isinstance(ask, ExportsAsked):
+                await _list(handshake, registry, line)
+            else:
+                chosen = await _answer(
+                    ask, handshake, registry, line.client, most_clients
+                )
             await line.send(handshake.data_to_send())
+            await asyncio.sleep(0)
         await line.send(handshake.data_to_send())
         if handshake.state is HandshakeState.STARTING_TLS:
             await line.start_tls(credentials)
@@ -85,19 +97,24 @@ async def negotiate(
             return handshake.closed_because or "handshake closed"
 
 
+async def _list(handshake: ServerHandshake, registry: Registry, line: Line) -> None:
+    """Answer NBD_OPT_LIST a few names at a time: there may be thousands."""
+    for listed, export in enumerate(registry.visible_to(line.client), 1):
+        handshake.list_exports([(export.name, export.description)])
+        if not listed % _NAMES:
+            await line.send(handshake.data_to_send())
+            await asyncio.sleep(0)
+    handshake.end_list()
+
+
 async def _answer(
-    ask: Ask,
+    ask: ExportAsked | ContextsAsked,
     handshake: ServerHandshake,
     registry: Registry,
     client: Client,
     most_clients: int,
 ) -> Export | None:
     """Answer one option; return the export that it is about."""
-    if isinstance(ask, ExportsAsked):
-        handshake.answer_list(
-            (export.name, export.description) for export in registry.visible_to(client)
-        )
-        return None
     export = registry.find(ask.name, client)
     if export is None:
         name = ask.name or "(the default export)"

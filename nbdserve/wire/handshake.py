@@ -55,14 +55,15 @@ class HandshakeLimits:
     Attributes:
         options: How many. qemu was seen taking 5000, nbdkit stops at 32; a client that
             describes every export of a list needs two for each.
-        option_bytes: The data of one option that is kept in memory. A set of 1000
-            meta context queries, which qemu and nbdkit accept, fits many times.
+        option_bytes: The data of one option that is kept in memory.
+        queries: For meta contexts, in one option. qemu and nbdkit were seen to accept 1000.
         skipped_bytes: The data of one option that is read past, so that it can be
             refused by a reply. qemu closes at the same length.
     """
 
     options: int = 4096
     option_bytes: int = 128 << 10
+    queries: int = 1024
     skipped_bytes: int = 32 << 20
 
 
@@ -143,7 +144,7 @@ class Negotiated:
 
 @dataclass(frozen=True, slots=True)
 class ExportsAsked:
-    """NBD_OPT_LIST: to be answered by `answer_list`."""
+    """NBD_OPT_LIST: to be answered by `list_exports` and `end_list`."""
 
     option: int
 
@@ -276,14 +277,18 @@ class ServerHandshake:
 
     # Answers
 
-    def answer_list(self, exports: Iterable[tuple[str, str]]) -> None:
-        """Answer NBD_OPT_LIST with names and descriptions."""
-        ask = self._take(ExportsAsked)
-        if self._refused_for_shutdown(ask.option):
-            return
+    def list_exports(self, exports: Iterable[tuple[str, str]]) -> None:
+        """Answer NBD_OPT_LIST with names and descriptions; others may follow."""
+        if not isinstance(self._ask, ExportsAsked):
+            raise TypeError(f"the open option is {self._ask}, not NBD_OPT_LIST")
         for name, description in exports:
             self._outgoing += options.server(name, description)
-        self._outgoing += options.ack(ask.option)
+
+    def end_list(self) -> None:
+        """Answer NBD_OPT_LIST: these were all."""
+        ask = self._take(ExportsAsked)
+        if not self._refused_for_shutdown(ask.option):
+            self._outgoing += options.ack(ask.option)
 
     def answer_export(self, export: ExportInfo) -> None:
         """Answer INFO, GO or EXPORT_NAME; the latter two end the handshake."""
@@ -508,7 +513,7 @@ class ServerHandshake:
                     OptionReply.ERR_INVALID,
                     "structured replies or extended headers have to come first",
                 )
-        wanted = options.parse_meta_context(option, data)
+        wanted = options.parse_meta_context(option, data, self._limits.queries)
         self._ask = ContextsAsked(option, wanted.name, wanted.queries)
 
     def _start_tls(self, data: bytes) -> None:

@@ -124,7 +124,9 @@ def parse_info(option: int, data: bytes) -> InfoRequest:
     return InfoRequest(name, struct.unpack_from(f">{count}H", data, position))
 
 
-def parse_meta_context(option: int, data: bytes) -> MetaContextRequest:
+def parse_meta_context(
+    option: int, data: bytes, most_queries: int
+) -> MetaContextRequest:
     """Parse the data of NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT."""
     name, position = _counted(data, 0, f"{option_name(option)}: export name")
     if len(data) < position + 4:
@@ -134,6 +136,11 @@ def parse_meta_context(option: int, data: bytes) -> MetaContextRequest:
     if count * 4 > len(data) - position:
         raise _invalid(
             f"{option_name(option)}: {count} queries in {len(data) - position} bytes"
+        )
+    if count > most_queries:
+        raise OptionError(
+            OptionReply.ERR_TOO_BIG,
+            f"{option_name(option)}: {count} queries, more than {most_queries}",
         )
     queries = []
     for _ in range(count):

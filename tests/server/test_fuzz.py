@@ -143,7 +143,8 @@ def answer(handshake: ServerHandshake) -> None:
     """Answer whatever is asked, as the server does."""
     while (ask := handshake.next_ask()) is not None:
         if isinstance(ask, ExportsAsked):
-            handshake.answer_list([("disk", "a disk"), ("", "")])
+            handshake.list_exports([("disk", "a disk"), ("", "")])
+            handshake.end_list()
         elif ask.name not in {"disk", ""}:
             handshake.refuse(OptionReply.ERR_UNKNOWN, "no such export")
         elif isinstance(ask, ContextsAsked):

@@ -303,7 +303,8 @@ class Conversation:
     def _serve(self) -> None:
         while (ask := self.server.next_ask()) is not None:
             if isinstance(ask, ExportsAsked):
-                self.server.answer_list([(NAME, DISK.description)])
+                self.server.list_exports([(NAME, DISK.description)])
+                self.server.end_list()
             elif ask.name not in {NAME, ""}:
                 self.server.refuse(OptionReply.ERR_UNKNOWN, "no such export")
             elif isinstance(ask, ContextsAsked):

@@ -75,7 +75,8 @@ def answer(handshake: ServerHandshake) -> None:
     """Do the caller's part for all that can be asked so far."""
     while (ask := handshake.next_ask()) is not None:
         if isinstance(ask, ExportsAsked):
-            handshake.answer_list([("disk", "an old one"), ("spare", "")])
+            handshake.list_exports([("disk", "an old one"), ("spare", "")])
+            handshake.end_list()
         elif ask.name not in EXPORTS:
             handshake.refuse(OptionReply.ERR_UNKNOWN, f"no export {ask.name!r}")
         elif isinstance(ask, ExportAsked):
@@ -540,6 +541,15 @@ def test_while_shutting_down_every_option_but_abort_is_err_shutdown() -> None:
     assert kinds(talk(handshake, ABORT)) == [OptionReply.ACK]
 
 
+@pytest.mark.parametrize(("count", "kind"), [
+    (1024, OptionReply.ACK),
+    (1025, OptionReply.ERR_TOO_BIG),
+])  # fmt: skip
+def test_queries_for_meta_contexts_are_bounded(count: int, kind: OptionReply) -> None:
+    replies = talk(greeted(), STRUCTURED + set_contexts("disk", *["x:"] * count))
+    assert kinds(replies)[-1] == kind
+
+
 @pytest.mark.parametrize("ask", [LIST, go("disk"), list_contexts("disk"), go("none")])
 def test_an_option_under_way_when_shutdown_begins_is_err_shutdown(ask: bytes) -> None:
     handshake = greeted()
@@ -547,7 +557,8 @@ def test_an_option_under_way_when_shutdown_begins_is_err_shutdown(ask: bytes) ->
     first = handshake.next_ask()
     handshake.shut_down()
     if isinstance(first, ExportsAsked):
-        handshake.answer_list([])
+        handshake.list_exports([])
+        handshake.end_list()
     elif isinstance(first, ContextsAsked):
         handshake.answer_contexts(DISK)
     elif first is not None and first.name == "none":

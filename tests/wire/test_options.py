@@ -31,7 +31,7 @@ def go(data: bytes) -> object:
 
 
 def contexts(data: bytes) -> object:
-    return options.parse_meta_context(Option.SET_META_CONTEXT, data)
+    return options.parse_meta_context(Option.SET_META_CONTEXT, data, 1000)
 
 
 def refusal(parse: Parser, data: bytes) -> str:
