@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Awaitable, Callable
 
 from nbdserve.exports.export import Export
+from nbdserve.exports.once import Once
 
 
 class LateExport(Export):
@@ -22,7 +23,7 @@ class LateExport(Export):
         self.clients = 0
         self.change = asyncio.Lock()
         self._open_export = open_export
-        self._turn = asyncio.Lock()
+        self._opening = Once(self._open)
         self._is_open = False
 
     @property
@@ -42,11 +43,12 @@ class LateExport(Export):
 
     async def ready(self) -> None:
         """Open the disk; after a failure the next client tries again."""
-        async with self._turn:
-            if self._is_open or self.retired:
-                return
-            opened = await self._open_export()
-            self.become(opened)
+        if not self._is_open:
+            await self._opening.done()
+
+    async def _open(self) -> None:
+        if not self.retired:
+            self.become(await self._open_export())
             self._is_open = True
 
     async def flush(self) -> None:
@@ -57,6 +59,6 @@ class LateExport(Export):
     async def close(self) -> None:
         """Close the disk if it is open; nobody opens it any more."""
         self.retired = True
-        async with self._turn:  # it may be opening just now
-            if self._is_open:
-                await super().close()
+        await self._opening.ended()
+        if self._is_open:
+            await super().close()

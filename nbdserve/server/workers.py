@@ -24,6 +24,7 @@ from structlog.typing import FilteringBoundLogger
 
 from nbdserve.errors import ImageError, ProtocolError
 from nbdserve.exports.export import Export
+from nbdserve.exports.once import Once
 from nbdserve.server.channel import (
     Answer,
     Begin,
@@ -58,16 +59,16 @@ class Worker:
     Attributes:
         number: From 0 on, for logs.
         clients: Those it serves, by the numbers that stand for them in messages.
-        opened: What is open in it, by name.
+        opened: What is open in it.
     """
 
     def __init__(self, number: int, begin: Begin) -> None:
         self.number = number
         self.clients: dict[int, HandedOver] = {}
-        self.opened: dict[str, Facts] = {}
+        self.opened: set[DistantExport] = set()
         self._begin = begin
         self._log = structlog.get_logger().bind(worker=number)
-        self._calls: dict[int, asyncio.Future[Facts | None]] = {}
+        self._calls: dict[int, tuple[str, DistantExport, asyncio.Future[None]]] = {}
         self._numbers = count(1)
         self._running = asyncio.Event()
         self._stopping = False
@@ -104,7 +105,7 @@ class Worker:
         self._channel.send(self._begin)
         self._running.set()
 
-    async def call(self, what: str, name: str, image: Any = None) -> Facts | None:
+    async def call(self, what: str, export: "DistantExport") -> None:
         """Have an export opened, flushed or closed; wait for the process if need be.
 
         Raises:
@@ -114,11 +115,11 @@ class Worker:
         """
         await self._running.wait()
         number = next(self._numbers)
-        answer: asyncio.Future[Facts | None]
-        answer = asyncio.get_running_loop().create_future()
-        self._calls[number] = answer
-        self._channel.send(Call(number, what, name, image))
-        return await answer
+        answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._calls[number] = (what, export, answer)
+        image = export.image if what == "open" else None
+        self._channel.send(Call(number, what, export.name, image))
+        await answer
 
     def serve(self, client: "HandedOver", message: Serve, fd: int) -> bool:
         """Hand a client over; False if there is no worker just now."""
@@ -161,20 +162,26 @@ class Worker:
             if client is not None:
                 client.gone(message)
         elif isinstance(message, Answer):
-            answer = self._calls.pop(message.number)
+            what, export, answer = self._calls.pop(message.number)
+            # here, as whoever asked may have given up
+            if what == "close":
+                self.opened.discard(export)
+            elif message.outcome is not None:
+                self.opened.add(export)
+                export.facts = message.outcome
             if answer.done():
-                return  # whoever asked has given up
+                return
             if message.error is not None:
                 answer.set_exception(message.error)
             else:
-                answer.set_result(message.outcome)
+                answer.set_result(None)
 
     def _on_end(self) -> None:
         """The process has ended: tell everybody who counts on it, and start another."""
         self._running.clear()
         self.opened.clear()
         calls, self._calls = self._calls, {}
-        for answer in calls.values():
+        for _, _, answer in calls.values():
             if not answer.done():
                 answer.set_exception(ImageError("the worker process has ended"))
         clients, self.clients = self.clients, {}
@@ -257,7 +264,11 @@ class DistantExport(Export):
 
     Attributes:
         places: The workers.
+        image: The configuration of the image.
+        facts: What a worker has said of the disk; all say the same.
     """
+
+    facts: Facts | None = None
 
     def __init__(
         self, name: str, description: str, image: Any, places: list[Worker]
@@ -267,9 +278,8 @@ class DistantExport(Export):
         self.clients = 0
         self.change = asyncio.Lock()
         self.places = places
-        self._image = image
-        self._turn = asyncio.Lock()
-        self._facts: Facts | None = None
+        self.image = image
+        self._opening = Once(self._open)
 
     @property
     def is_open(self) -> bool:
@@ -279,45 +289,49 @@ class DistantExport(Export):
     @property
     def size(self) -> int | None:
         """Bytes, once a worker has said so."""
-        return None if self._facts is None else self._facts.read_write.size
+        return None if self.facts is None else self.facts.read_write.size
 
     @property
     def read_only(self) -> bool:
         """Whether it is known that nobody can write."""
-        flags = self._facts.read_write.transmission_flags if self._facts else 0
+        flags = self.facts.read_write.transmission_flags if self.facts else 0
         return bool(flags & TransmissionFlag.READ_ONLY)
 
     async def ready(self) -> None:
         """Have it opened wherever it is not open (any longer)."""
-        async with self._turn:
-            for worker in self.places:
-                if self.name not in worker.opened and not self.retired:
-                    facts = await worker.call("open", self.name, self._image)
-                    if facts is not None:
-                        self._facts = worker.opened[self.name] = facts
+        if any(self not in worker.opened for worker in self.places):
+            await self._opening.done()
+
+    async def _open(self) -> None:
+        if not self.retired:
+            closed = [worker for worker in self.places if self not in worker.opened]
+            await self._everywhere("open", closed)
 
     async def flush(self) -> None:
         """Make everything durable that was written."""
-        await self._everywhere("flush")
+        await self._everywhere("flush", self._where_open())
 
     async def close(self) -> None:
         """Close the disk in each worker."""
         self.retired = True
-        async with self._turn:
-            await self._everywhere("close")
-            for worker in self.places:
-                worker.opened.pop(self.name, None)
+        await self._opening.ended()
+        await self._everywhere("close", self._where_open())
 
-    async def _everywhere(self, what: str) -> None:
-        for worker in self.places:
-            if self.name in worker.opened:
-                await worker.call(what, self.name)
+    def _where_open(self) -> list[Worker]:
+        return [worker for worker in self.places if self in worker.opened]
+
+    async def _everywhere(self, what: str, workers: list[Worker]) -> None:
+        """Have the same done by each of some workers, side by side."""
+        calls = (worker.call(what, self) for worker in workers)
+        for outcome in await asyncio.gather(*calls, return_exceptions=True):
+            if outcome is not None:
+                raise outcome
 
     def info(self, *, read_only: bool = False) -> ExportInfo:
         """Return what a worker has said, under the description of today."""
-        if self._facts is None:
+        if self.facts is None:
             raise ImageError(f"the export {self.name!r} is not open yet")
-        found = self._facts.read_only if read_only else self._facts.read_write
+        found = self.facts.read_only if read_only else self.facts.read_write
         return ExportInfo(
             name=self.name,
             size=found.size,

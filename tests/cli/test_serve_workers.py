@@ -6,7 +6,7 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -58,9 +58,9 @@ def alive(pid: int) -> bool:
     return state != "Z"
 
 
-def until_gone(pid: int) -> None:
+def until(it_is_so: Callable[[], object]) -> None:
     deadline_s = time.monotonic() + TIMEOUT_S
-    while alive(pid):
+    while not it_is_so():
         assert time.monotonic() < deadline_s
         time.sleep(0.02)
 
@@ -240,8 +240,7 @@ def test_workers_close_their_images_when_the_first_process_is_killed(
         pids = workers(process)
         qemu_io(folder, "a", "write -P 3 0 1M")
         os.kill(process.pid, signal.SIGKILL)
-        for pid in pids:
-            until_gone(pid)
+        until(lambda: not any(alive(pid) for pid in pids))
     checked = json.loads(
         tools.run("qemu-img", "check", "--output=json", folder / "a.qcow2")
     )
@@ -295,6 +294,26 @@ def test_images_that_are_opened_when_they_are_used(folder: Path, size: str) -> N
         assert process.end() == 0
     assert "No such file or directory" in (folder / "log").read_text()
     tools.run("qemu-img", "check", folder / "a.qcow2")
+
+
+def test_an_image_is_open_though_the_first_client_gave_up(folder: Path) -> None:
+    words = ["a.qcow2", "--open", "use", "--limit", "handshake-timeout-s=1"]
+
+    async def first() -> None:
+        async with await NbdClient.connect_unix(folder / "s") as client:
+            with pytest.raises((EOFError, OSError)):
+                await client.go("a")
+
+    with serving(folder, *words) as process:
+        pids = workers(process)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        asyncio.run(asyncio.wait_for(first(), TIMEOUT_S))
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        until(lambda: holders(process, folder / "a.qcow2"))
+        qemu_io(folder, "a", "write 0 64k", "flush")
+        assert "could not open" not in process.log()
 
 
 @pytest.mark.parametrize(

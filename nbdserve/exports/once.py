@@ -1,0 +1,32 @@
+"""Work that several wait for, and that none of them can stop midway."""
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+
+class Once:
+    """A piece of work that is done once at a time, for all who ask for it meanwhile.
+
+    It goes on when they give up: an image whose opening stops midway keeps its file and lock.
+    """
+
+    def __init__(self, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """Begin nothing yet."""
+        self._work = work
+        self._task: asyncio.Task[None] | None = None
+
+    async def done(self) -> None:
+        """Have it done; whatever it raises is raised for each who waits."""
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._work())
+            # nobody may be left to be told
+            self._task.add_done_callback(
+                lambda task: task.cancelled() or task.exception()
+            )
+        await asyncio.shield(self._task)
+
+    async def ended(self) -> None:
+        """Wait until nothing is under way, whatever comes of it."""
+        if self._task is not None:
+            await asyncio.wait([self._task])
