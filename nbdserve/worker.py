@@ -1,6 +1,6 @@
 """What a worker process does: open images as it is told, and serve the clients it is handed.
 
-Started by `server.workers` as `python -m nbdserve.worker FD`, never by a person. It ends
+Started by `server.workers`, never by a person, with a descriptor as its argument. It ends
 when the other end of its channel is closed, be it that the process there has
 crashed: what is in flight is answered and every image closed in order.
 """
@@ -144,7 +144,3 @@ class _Work:
         del self._connections[number]
         blame = None if connection.blame is None else str(connection.blame)
         self._channel.send(Gone(number, closed.result(), blame, connection.story))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -22,6 +22,7 @@ from typing import Any, Final
 import structlog
 from structlog.typing import FilteringBoundLogger
 
+import nbdserve
 from nbdserve.errors import ImageError, ProtocolError
 from nbdserve.exports.export import Export
 from nbdserve.exports.once import Once
@@ -51,6 +52,39 @@ _PROVEN_S: Final = 30.0
 _OURS_ALONE: Final = frozenset(
     {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID"}
 )
+#: Not `-m`, which looks for modules in the current folder first, where images may be. Our own
+#: package is the one that runs here, installed or not; what lies beside it comes last.
+_BEGIN: Final = (
+    "import sys; folder = sys.argv.pop(1); sys.path.insert(0, folder); import nbdserve;"
+    " sys.path.append(sys.path.pop(0)); from nbdserve.worker import main; sys.exit(main())"
+)
+_PACKAGE_FOLDER: Final = os.path.dirname(
+    os.path.dirname(os.path.abspath(nbdserve.__file__))
+)
+#: The flags of an interpreter that concern where modules come from and how they run.
+_FLAGS: Final = {
+    "isolated": "I",
+    "ignore_environment": "E",
+    "no_user_site": "s",
+    "no_site": "S",
+    "dont_write_bytecode": "B",
+    "optimize": "O",
+}
+
+
+def _python() -> list[str]:
+    """Return how to start the interpreter that runs here, safe from the current folder."""
+    given = ((letter, getattr(sys.flags, flag)) for flag, letter in _FLAGS.items())
+    return [
+        sys.executable,
+        "-P",
+        *(f"-{letter * times}" for letter, times in given if times),
+        *(f"-W{option}" for option in sys.warnoptions),
+        *(
+            f"-X{name}" if value is True else f"-X{name}={value}"
+            for name, value in sys._xoptions.items()  # noqa: SLF001 -- documented
+        ),
+    ]
 
 
 class Worker:
@@ -86,10 +120,10 @@ class Worker:
         with theirs:
             try:
                 self._process = await asyncio.create_subprocess_exec(
-                    sys.executable,
-                    *(f"-W{option}" for option in sys.warnoptions),
-                    "-m",
-                    "nbdserve.worker",
+                    *_python(),
+                    "-c",
+                    _BEGIN,
+                    _PACKAGE_FOLDER,
                     str(theirs.fileno()),
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL,

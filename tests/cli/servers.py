@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -24,10 +24,13 @@ class ServeProcess:
         uris: The `nbd` URIs in there, in order.
     """
 
-    def __init__(self, *words: str, cwd: Path, **environment: str) -> None:
+    def __init__(
+        self, *words: str, cwd: Path, flags: Sequence[str] = (), **environment: str
+    ) -> None:
+        """Start it; `flags` are those of the interpreter."""
         self._log = (cwd / "log").open("w+")
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "nbdserve", "serve", *words],
+            [sys.executable, *flags, "-m", "nbdserve", "serve", *words],
             cwd=cwd,
             env=os.environ | environment,
             stdout=subprocess.PIPE,

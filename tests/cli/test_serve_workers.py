@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+import nbdserve
 from tests.cli.servers import TIMEOUT_S, ServeProcess, run
 from tests.helpers import tools
 from tests.helpers.certificates import make_certificates
@@ -314,6 +316,29 @@ def test_an_image_is_open_though_the_first_client_gave_up(folder: Path) -> None:
         until(lambda: holders(process, folder / "a.qcow2"))
         qemu_io(folder, "a", "write 0 64k", "flush")
         assert "could not open" not in process.log()
+
+
+def test_workers_import_nothing_from_the_current_folder(folder: Path) -> None:
+    for name in ("resource", "nbdserve", "structlog"):
+        (folder / f"{name}.py").write_text('open("imported", "w")\n')
+    words = ["a.qcow2", "--unix", "s", "--workers", "2"]
+    with ServeProcess(*words, cwd=folder, flags=["-P", "-s", "-B"]) as process:
+        process.wait_until_ready()
+        for pid in workers(process):
+            started = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+            assert {b"-P", b"-s", b"-B"} <= set(started)
+        assert process.end() == 0
+    assert not (folder / "imported").exists()
+
+
+def test_workers_are_of_the_same_package(folder: Path) -> None:
+    # a checkout that is not installed, where perhaps another one is
+    package = folder / "nbdserve"
+    shutil.copytree(Path(nbdserve.__file__).parent, package)
+    with (package / "worker.py").open("a") as module:
+        module.write('\nopen("imported", "w")\n')
+    with serving(folder, "a.qcow2"):
+        assert (folder / "imported").exists()
 
 
 @pytest.mark.parametrize(
