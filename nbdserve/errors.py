@@ -9,6 +9,7 @@ each consequence:
     ├── RequestError         one request fails with an errno, nothing else
     └── ImageError           an image can't be used, or not any longer
         ├── ImageFormatError     not such an image, or a feature we don't know
+        │   └── ForeignFormatError   an image of a format that nbdserve does not read
         ├── ImageCorruptError    its metadata contradict themselves
         ├── ImageLockedError     it is encrypted, and no passphrase opens it
         ├── ImageInUseError      another process has it open
@@ -52,6 +53,10 @@ class ImageError(NbdserveError):
 
 class ImageFormatError(ImageError):
     """A file is not an image of that format, or uses a feature we don't know."""
+
+
+class ForeignFormatError(ImageFormatError):
+    """A file looks like an image of a format that nbdserve does not read."""
 
 
 class ImageCorruptError(ImageError):

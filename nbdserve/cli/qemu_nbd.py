@@ -39,9 +39,9 @@ unlike qemu-nbd:
                          images of strangers, name the folders with --allow-backing
                          (or use nbdserve serve, which asks for that). Names with a
                          protocol, such as nbd: or json:, are refused
-  without --format       qcow and qcow2 are told by their magic; anything else is served
-                         as raw, and as with qemu-nbd can't become an image of another
-                         format"""
+  without --format       qcow and qcow2 are told by their magic, and other formats of
+                         qemu refused; anything else is served as raw, and as with
+                         qemu-nbd can't become an image of another format"""
 
 #: What qemu-nbd can do and this can't, and what to do instead.
 _REFUSED = {
@@ -331,6 +331,7 @@ def _serve(
 
     with lean_imports():
         from nbdserve import app
+        from nbdserve.cli.hints import raw_option
         from nbdserve.observe.logs import configure
 
     def announce(_serving: "Serving") -> None:
@@ -344,7 +345,8 @@ def _serve(
                 point_to_nowhere(2)
 
     configure("console", "info" if arguments.verbose else "warning")
-    app.serve(config, announce)
+    with raw_option("-f raw"):
+        app.serve(config, announce)
 
 
 def _fork(arguments: argparse.Namespace, config: "ServeConfig") -> int:

@@ -253,11 +253,13 @@ def run(arguments: argparse.Namespace) -> int:
     with lean_imports():
         from nbdserve import app
         from nbdserve.cli.announce import announce
+        from nbdserve.cli.hints import raw_option
         from nbdserve.observe.logs import configure
 
     config = _configuration(arguments)
     configure(arguments.log_format, arguments.log_level)
-    app.serve(config, announce, lambda: _configuration(arguments))
+    with raw_option("--format raw"):
+        app.serve(config, announce, lambda: _configuration(arguments))
     return 0
 
 

@@ -14,6 +14,7 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.errors import (
     BackingFileError,
     ConfigError,
+    ForeignFormatError,
     ImageError,
     ImageFormatError,
 )
@@ -258,7 +259,13 @@ async def _backing_format(
 ) -> str:
     storage = links[-1].storage
     if reference.format is None:
-        return await probe(storage)
+        try:
+            return await probe(storage)
+        except ForeignFormatError as error:
+            raise BackingFileError(
+                f"{links[-2].storage.name}: records no format for its backing file"
+                f" {error}"
+            ) from error
     if reference.format not in drivers:
         raise BackingFileError(
             f"{links[-2].storage.name}: records the format"

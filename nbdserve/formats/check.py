@@ -2,11 +2,14 @@
 
 import os
 
+from nbdserve.block.magics import SECTOR
 from nbdserve.errors import ImageError, ImageFormatError
 from nbdserve.formats.check_result import CheckResult
+from nbdserve.formats.probe import format_of
 from nbdserve.formats.qcow1 import check as qcow1
 from nbdserve.formats.qcow2 import check as qcow2
 from nbdserve.storage.descriptors import open_descriptor
+from nbdserve.storage.names import shown
 
 
 def check_image(
@@ -18,8 +21,7 @@ def check_image(
 
     Args:
         path: The file.
-        format: raw, qcow or qcow2; None tells qcow and qcow2 by their magic and
-            takes everything else for raw.
+        format: raw, qcow or qcow2; None tells it as `format_of` does.
 
     Returns:
         What was found; None for raw, which has nothing to check.
@@ -32,10 +34,9 @@ def check_image(
     path = os.fspath(path)
     fd = open_descriptor(path, os.O_RDONLY)
     try:
-        start = os.pread(fd, 8, 0)
-        found = "raw"
-        if start[:4] == b"QFI\xfb":
-            found = "qcow" if start[4:] == b"\0\0\0\1" else "qcow2"
+        if format == "raw":
+            return None
+        found = format_of(os.pread(fd, SECTOR, 0), shown(path))
         wanted = format or found
         if wanted == "raw":
             return None

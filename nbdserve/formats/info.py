@@ -10,10 +10,12 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from nbdserve.block.magics import SECTOR
 from nbdserve.errors import ImageCorruptError, ImageError, ImageFormatError
 from nbdserve.formats.crypto.luks import LENGTH as LUKS_LENGTH
 from nbdserve.formats.crypto.luks import KeySlot, parse_luks_header
 from nbdserve.formats.header_details import field_text, geometry, header_fields
+from nbdserve.formats.probe import format_of
 from nbdserve.formats.qcow1 import header as qcow1
 from nbdserve.formats.qcow2 import bitmap_directory, extensions
 from nbdserve.formats.qcow2 import header as qcow2
@@ -23,9 +25,7 @@ from nbdserve.formats.qcow2.snapshot_table import (
     parse_snapshot_table,
 )
 from nbdserve.storage.descriptors import open_descriptor
-
-_MAGIC = b"QFI\xfb"
-_START = 512
+from nbdserve.storage.names import shown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -174,8 +174,7 @@ def image_info(path: str | os.PathLike[str], *, format: str | None = None) -> Im
 
     Args:
         path: The file, or a block device.
-        format: raw, qcow or qcow2; None tells qcow and qcow2 by their magic
-            and takes everything else for raw.
+        format: raw, qcow or qcow2; None tells it as `format_of` does.
 
     Raises:
         ConfigError: There is no such file, or no permission.
@@ -187,7 +186,7 @@ def image_info(path: str | os.PathLike[str], *, format: str | None = None) -> Im
     try:
         status = os.fstat(fd)
         size = os.lseek(fd, 0, os.SEEK_END)
-        start = os.pread(fd, _START, 0)
+        start = os.pread(fd, SECTOR, 0)
         raw = ImageInfo(
             filename=path,
             format="raw",
@@ -195,25 +194,20 @@ def image_info(path: str | os.PathLike[str], *, format: str | None = None) -> Im
             actual_size=status.st_blocks * 512,
             file_size=size,
         )
-        found = _found_format(start)
-        if format not in (None, "raw", found):
-            raise ImageFormatError(f"{path}: is {found}, not {format}")
-        wanted = format or found
-        if wanted == "raw":
+        if format == "raw":
             return raw
-        describe = _qcow1_info if wanted == "qcow" else _qcow2_info
+        found = format_of(start, shown(path))
+        if format not in (None, found):
+            raise ImageFormatError(f"{path}: is {found}, not {format}")
+        if found == "raw":
+            return raw
+        describe = _qcow1_info if found == "qcow" else _qcow2_info
         try:
             return describe(fd, start, size, raw)
         except ImageError as error:
             raise type(error)(f"{path}: {error}") from error
     finally:
         os.close(fd)
-
-
-def _found_format(start: bytes) -> str:
-    if start[:4] != _MAGIC:
-        return "raw"
-    return "qcow" if start[4:8] == b"\0\0\0\1" else "qcow2"
 
 
 def _qcow1_info(fd: int, start: bytes, size: int, raw: ImageInfo) -> ImageInfo:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from nbdserve.errors import ConfigError, ImageError
+from nbdserve.errors import ConfigError, ForeignFormatError, ImageError
 from nbdserve.formats.backing_change import (
     Overlay,
     change_backing,
@@ -168,7 +168,10 @@ async def _own_changes(
     """
     storage = await run(lambda: FileStorage(old, read_only=True))
     stack.push_async_callback(storage.close)
-    found = await probe(storage)
+    try:
+        found = await probe(storage)
+    except ForeignFormatError:
+        found = "raw"  # it may name files as well, but not those of ours
     if found == "raw":
         return [], []
     reference = await drivers()[found].backing(storage)

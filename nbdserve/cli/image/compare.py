@@ -56,6 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _compare(arguments: argparse.Namespace) -> int:
     from contextlib import AsyncExitStack
 
+    from nbdserve.cli.hints import raw_option
     from nbdserve.cli.image.disks import open_source
     from nbdserve.cli.progress import progress_bar
     from nbdserve.formats.compare import first_difference
@@ -64,13 +65,14 @@ async def _compare(arguments: argparse.Namespace) -> int:
     secrets = secrets_of(arguments)
     async with AsyncExitStack() as stack:
         for name in ("a", "b"):
-            disk = await open_source(
-                getattr(arguments, name),
-                image_format=getattr(arguments, f"format_{name}"),
-                allow_backing=arguments.allow_backing,
-                allow_data_file=arguments.allow_data_file,
-                secrets=secrets,
-            )
+            with raw_option(f"--format-{name} raw"):
+                disk = await open_source(
+                    getattr(arguments, name),
+                    image_format=getattr(arguments, f"format_{name}"),
+                    allow_backing=arguments.allow_backing,
+                    allow_data_file=arguments.allow_data_file,
+                    secrets=secrets,
+                )
             stack.push_async_callback(disk.close)
             disks.append(disk)
         first, second = disks

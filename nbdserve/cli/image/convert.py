@@ -173,6 +173,7 @@ def _judge_in_place(arguments: argparse.Namespace) -> None:
 
 
 async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
+    from nbdserve.cli.hints import raw_option
     from nbdserve.cli.image.disks import open_source
     from nbdserve.cli.progress import progress_bar
     from nbdserve.formats.convert import Target, convert_to_file
@@ -182,14 +183,15 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
     encryption = await run_in_thread(
         new_encryption, arguments, arguments.target_secret_file, "--target-secret-file"
     )
-    source = await open_source(
-        arguments.source,
-        image_format=arguments.from_format,
-        allow_backing=arguments.allow_backing,
-        allow_data_file=arguments.allow_data_file,
-        secrets=secrets,
-        snapshot=arguments.snapshot,
-    )
+    with raw_option("--from-format raw"):
+        source = await open_source(
+            arguments.source,
+            image_format=arguments.from_format,
+            allow_backing=arguments.allow_backing,
+            allow_data_file=arguments.allow_data_file,
+            secrets=secrets,
+            snapshot=arguments.snapshot,
+        )
     try:
         if in_place:
             await _overwrite(source, arguments.destination)

@@ -3,6 +3,8 @@
 import argparse
 import json
 
+from nbdserve.cli.image.layout import define_format
+
 TAKES = "PATH"
 
 DESCRIPTION = """\
@@ -17,6 +19,7 @@ examples:
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("path", metavar="PATH", help="the image")
+    define_format(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -26,11 +29,12 @@ def define(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print what the image's header says."""
+    from nbdserve.cli.hints import raw_option
     from nbdserve.cli.image import named_errors
     from nbdserve.formats.info import image_info
 
-    with named_errors(arguments.path):
-        info = image_info(arguments.path)
+    with named_errors(arguments.path), raw_option("--format raw"):
+        info = image_info(arguments.path, format=arguments.format)
     if arguments.json:
         print(json.dumps(info.as_json() | info.details_json(), indent=4))
     else:

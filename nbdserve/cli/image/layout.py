@@ -1,9 +1,19 @@
-"""What can be chosen about a new image, by more than one command."""
+"""What can be chosen about an image by more than one command."""
 
 import argparse
 
 from nbdserve.cli.parser import one_of
 from nbdserve.errors import ConfigError
+
+
+def define_format(parser: argparse._ActionsContainer, option: str = "--format") -> None:
+    """Add the option that names the format of an image which is read."""
+    parser.add_argument(
+        option,
+        metavar="F",
+        type=one_of("qcow2", "qcow", "raw"),
+        help="of the image: raw, qcow or qcow2 (default: what its header says, else raw)",
+    )
 
 
 def define_preallocation(parser: argparse._ActionsContainer) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from nbdserve.cli.image.layout import define_format
 from nbdserve.cli.parser import define_allowed_files
 from nbdserve.cli.secrets import define_secret_file, secrets_of
 
@@ -21,6 +22,7 @@ examples:
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     parser.add_argument("path", metavar="PATH", help="the image")
+    define_format(parser)
     parser.add_argument(
         "--json",
         action="store_true",
@@ -35,9 +37,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the map as it is found: that of a large disk may be long."""
     import asyncio
 
+    from nbdserve.cli.hints import raw_option
     from nbdserve.cli.image import named_errors
 
-    with named_errors(arguments.path):
+    with named_errors(arguments.path), raw_option("--format raw"):
         asyncio.run(_print_map(arguments))
     return 0
 
@@ -48,6 +51,7 @@ async def _print_map(arguments: argparse.Namespace) -> None:
 
     async with open_image(
         arguments.path,
+        format=arguments.format or "auto",
         read_only=True,
         allow_backing=arguments.allow_backing,
         allow_data_file=arguments.allow_data_file,
@@ -62,16 +66,17 @@ async def _print_map(arguments: argparse.Namespace) -> None:
             print("[]" if separator == "[" else "]")
         else:
             entries = [entry async for entry in map_entries(device)]
-            print(as_text(entries, _file_names(arguments.path)), end="")
+            print(
+                as_text(entries, _file_names(arguments.path, arguments.format)), end=""
+            )
 
 
-def _file_names(path: str) -> list[str]:
+def _file_names(path: str, image_format: str | None) -> list[str]:
     """Return where data lie in a chain, which was opened and so is finite and allowed."""
     from nbdserve.formats.info import image_info
 
     names = []
     following: str | None = path
-    image_format = None
     while following is not None:
         info = image_info(following, format=image_format)
         names.append(info.full_data_filename or following)

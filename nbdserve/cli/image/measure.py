@@ -75,6 +75,7 @@ def run(arguments: argparse.Namespace) -> int:
 async def _measure(arguments: argparse.Namespace) -> int:
     from contextlib import AsyncExitStack
 
+    from nbdserve.cli.hints import raw_option
     from nbdserve.cli.image.disks import open_source
     from nbdserve.formats.crypto.new_luks import DEFAULT_CIPHER, luks_bytes
     from nbdserve.formats.measure import measure_qcow2, measure_raw
@@ -90,13 +91,14 @@ async def _measure(arguments: argparse.Namespace) -> int:
     async with AsyncExitStack() as stack:
         source = None
         if arguments.source is not None:
-            source = await open_source(
-                arguments.source,
-                image_format=arguments.from_format,
-                allow_backing=arguments.allow_backing,
-                allow_data_file=arguments.allow_data_file,
-                secrets=secrets_of(arguments),
-            )
+            with raw_option("--from-format raw"):
+                source = await open_source(
+                    arguments.source,
+                    image_format=arguments.from_format,
+                    allow_backing=arguments.allow_backing,
+                    allow_data_file=arguments.allow_data_file,
+                    secrets=secrets_of(arguments),
+                )
             stack.push_async_callback(source.close)
         size = arguments.size if source is None else source.size
         if arguments.format == "raw":

@@ -70,17 +70,19 @@ def _size(text: str) -> tuple[str, int]:
 
 
 async def _resize(arguments: argparse.Namespace) -> int:
+    from nbdserve.cli.hints import raw_option
     from nbdserve.cli.image.changing import opened_to_change
     from nbdserve.cli.progress import progress_bar
     from nbdserve.errors import ConfigError
     from nbdserve.formats.probe import is_raw
     from nbdserve.storage.names import shown
 
-    if arguments.format == "auto" and is_raw(arguments.path):
-        raise ConfigError(
-            f"{shown(arguments.path)}: has no qcow or qcow2 header; add --format raw if it"
-            " is a raw disk"
-        )
+    with raw_option("--format raw"):
+        if arguments.format == "auto" and is_raw(arguments.path):
+            raise ConfigError(
+                f"{shown(arguments.path)}: has no qcow or qcow2 header; add --format raw"
+                " if it is a raw disk"
+            )
     image_format = None if arguments.format == "auto" else arguments.format
     sign, size = arguments.size
     async with opened_to_change(

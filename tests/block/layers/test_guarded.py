@@ -5,12 +5,13 @@ from errno import EPERM
 
 import pytest
 
-from nbdserve.block.layers.guarded import _MAGICS, Guarded
+from nbdserve.block.layers.guarded import Guarded
+from nbdserve.block.magics import MAGICS
 from nbdserve.errors import RequestError
 from tests.server.memory_disk import MemoryDisk
 
 
-@pytest.mark.parametrize("magic", _MAGICS, ids=lambda magic: repr(magic[2]))
+@pytest.mark.parametrize("magic", MAGICS, ids=lambda magic: repr(magic[2]))
 async def test_no_header_gets_in(magic: tuple[str, int, bytes]) -> None:
     name, where, data = magic
     disk = MemoryDisk(4096)
