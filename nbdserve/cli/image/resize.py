@@ -73,7 +73,7 @@ async def _resize(arguments: argparse.Namespace) -> int:
     from nbdserve.cli.hints import raw_option
     from nbdserve.cli.image.changing import opened_to_change
     from nbdserve.cli.progress import progress_bar
-    from nbdserve.errors import ConfigError
+    from nbdserve.errors import ConfigError, ImageError
     from nbdserve.formats.probe import is_raw
     from nbdserve.storage.names import shown
 
@@ -108,6 +108,12 @@ async def _resize(arguments: argparse.Namespace) -> int:
         await device.resize(size, shrink=arguments.shrink)
         if taken != "off":
             length = device.size - old if taken == "full" else 0
-            with progress_bar("writing zeros", length) as progress:
-                await device.preallocate(old, device.size, taken, progress)
+            try:
+                with progress_bar("writing zeros", length) as progress:
+                    await device.preallocate(old, device.size, taken, progress)
+            except OSError as error:
+                raise ImageError(
+                    f"{shown(arguments.path)}: {error.strerror}; the disk has its new"
+                    " size already, not all of it preallocated"
+                ) from error
     return 0

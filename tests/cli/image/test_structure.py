@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import resource
 from pathlib import Path
 
 import pytest
@@ -151,6 +152,26 @@ def test_resize_refuses(
     path = make(tmp_path, MIB)
     assert image("resize", path, *words) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("mode", ["metadata", "falloc", "full"])
+def test_a_preallocation_that_finds_no_room_says_what_is_done(
+    mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make(tmp_path, MIB)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4 * MIB, limits[1]))
+    try:
+        assert image("resize", path, "100M", "--preallocation", mode) == 1
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert capsys.readouterr().err == (
+        f"nbdserve: {path}: File too large; the disk has its new size already, not all"
+        " of it preallocated\n"
+    )
+    info = json.loads(run("qemu-img", "info", "--output=json", path))
+    assert info["virtual-size"] == 100 * MIB
+    run("qemu-img", "check", path)
 
 
 def test_an_image_in_use_is_left_alone(
