@@ -83,7 +83,10 @@ class _Work:
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
         elif isinstance(message, Serve):
-            self._serve(message, fds[0])
+            if fds:
+                self._serve(message, fds[0])
+            else:  # the kernel drops those for which there is no room
+                self._refuse(message, "no file descriptor left in the worker")
         elif isinstance(message, LetGo):
             connection = self._connections.get(message.number)
             if connection is None:
@@ -120,14 +123,17 @@ class _Work:
             await server.withdraw(found)
         return None
 
+    def _refuse(self, message: Serve, reason: str) -> None:
+        self._channel.send(Gone(message.number, reason, None, {}))
+
     def _serve(self, message: Serve, fd: int) -> None:
         """Serve a client that has been negotiated with."""
         sock = socket.socket(fileno=fd)
         sock.setblocking(False)
         export = self._server and self._server.registry.get(message.name)
         if self._server is None or not export:
-            sock.close()  # it was withdrawn meanwhile
-            self._channel.send(Gone(message.number, "export withdrawn", None, {}))
+            sock.close()
+            self._refuse(message, "export withdrawn")
             return
         line = Line.handed_over(self._loop, sock, message.client, message.peer)
         chosen = Chosen(export, message.access, message.negotiated, message.leftover)

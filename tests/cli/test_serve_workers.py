@@ -3,12 +3,13 @@
 import asyncio
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from pathlib import Path
 
 import pytest
@@ -316,6 +317,39 @@ def test_an_image_is_open_though_the_first_client_gave_up(folder: Path) -> None:
         until(lambda: holders(process, folder / "a.qcow2"))
         qemu_io(folder, "a", "write 0 64k", "flush")
         assert "could not open" not in process.log()
+
+
+def leave_descriptors(pid: int, count: int) -> None:
+    """Let a process open so many more, and let it be."""
+    used = max(int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir())
+    _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1 + count, hard))
+
+
+async def served(path: Path, clients: int) -> list[bool]:
+    """Whether each of several clients, all there at once, is served."""
+    async with AsyncExitStack() as stack:
+        outcomes = []
+        for _ in range(clients):
+            client = await stack.enter_async_context(await NbdClient.connect_unix(path))
+            try:
+                await client.go("a")
+                outcomes.append(await client.read(0, 512) == bytes(512))
+            except (EOFError, OSError):
+                outcomes.append(False)
+        return outcomes
+
+
+def test_a_worker_without_descriptors_lets_clients_go(folder: Path) -> None:
+    with serving(folder, "a.qcow2") as process:
+        (owner,) = holders(process, folder / "a.qcow2")
+        leave_descriptors(owner, 2)
+        assert asyncio.run(served(folder / "s", 4)) == [True, True, False, False]
+        until(lambda: process.log().count("connection closed") == 4)
+        assert "no file descriptor left in the worker" in process.log()
+        assert asyncio.run(served(folder / "s", 2)) == [True, True]
+    log = (folder / "log").read_text()
+    assert log.count("connection opened") == log.count("connection closed") == 6
 
 
 def test_workers_import_nothing_from_the_current_folder(folder: Path) -> None:
