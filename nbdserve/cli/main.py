@@ -73,8 +73,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = _run(words)
         sys.stdout.flush()
     except (NbdserveError, OSError) as error:
+        _settle_stdout()
         if isinstance(error, BrokenPipeError) and error.filename is None:
-            point_to_nowhere(sys.stdout.fileno())
             return failed
         print(f"nbdserve: {explain(error)}", file=sys.stderr)
         return failed
@@ -93,6 +93,14 @@ def explain(error: Exception) -> str:
     else:
         text = str(error)
     return " ".join(text.split())
+
+
+def _settle_stdout() -> None:
+    """Write what is still buffered, or let it go: exiting would complain about it."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        point_to_nowhere(sys.stdout.fileno())
 
 
 def _is_compiled() -> bool:

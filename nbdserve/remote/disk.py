@@ -10,6 +10,7 @@ the reply with its cookie, whatever the order of the replies.
 import asyncio
 import errno
 import os
+import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -75,7 +76,9 @@ async def connect(uri: NbdUri, *, read_only: bool = True) -> "RemoteDisk":
     except (ProtocolError, OptionRefused) as error:
         raise ConfigError(f"{uri}: {error}") from error
     except OSError as error:
-        reason = os.strerror(error.errno) if error.errno else str(error)
+        reason = error.strerror or str(error)
+        if error.errno is not None and not isinstance(error, socket.gaierror):
+            reason = os.strerror(error.errno)  # asyncio's text has the address as well
         raise ConfigError(f"{replace(uri, export_name='')}: {reason}") from None
     if not read_only and disk.read_only:
         await disk.close()

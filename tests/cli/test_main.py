@@ -1,5 +1,7 @@
 """What a person or a script meets at the command line, whatever the command."""
 
+import os
+import re
 import shlex
 import subprocess
 import sys
@@ -23,10 +25,11 @@ HEAVY = (
 HEAVY_PACKAGES = ("formats", "block", "storage", "server", "exports", "wire", "app")
 
 
-def nbdserve(*words: str) -> subprocess.CompletedProcess[str]:
+def nbdserve(*words: str, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run the command as a person does."""
     return subprocess.run(
         [sys.executable, "-m", "nbdserve", *words],
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=30,
@@ -167,6 +170,7 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
         command.replace("NBDSERVE", program),
         shell=True,
         cwd=folder,
+        env=os.environ | {"PYTHONUNBUFFERED": ""},  # as people have it
         capture_output=True,
         text=True,
         timeout=30,
@@ -176,6 +180,40 @@ def shell(command: str, folder: Path) -> subprocess.CompletedProcess[str]:
 
 def test_a_reader_that_left_ends_the_command_quietly(tmp_path: Path) -> None:
     assert shell("NBDSERVE --help | true", tmp_path).stderr == ""
+
+
+@pytest.fixture(scope="module")
+def scattered(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with an image whose map is longer than any buffer."""
+    folder = tmp_path_factory.mktemp("scattered")
+    data = b"".join(bytes(4096) + b"x" * 4096 for _ in range(1000))
+    (folder / "disk").write_bytes(data)
+    words = ["disk", "disk.qcow2", "--cluster-size", "4K"]
+    assert nbdserve("image", "convert", *words, cwd=folder).returncode == 0
+    return folder
+
+
+@pytest.mark.parametrize("command", ["map disk.qcow2 --json", "map disk.qcow2", "info"])
+def test_output_that_nobody_takes_is_no_fault_of_the_image(
+    command: str, scattered: Path
+) -> None:
+    command = f"NBDSERVE image {command}".replace("info", "info disk.qcow2")
+    left = shell(f"{{ {command}; echo $? >&2; }} | true", scattered)
+    if "map" in command:
+        assert left.stderr == "1\n"
+    full = shell(f"{command} >/dev/full", scattered)
+    assert full.returncode == 1
+    assert full.stderr == "nbdserve: No space left on device\n"
+
+
+@pytest.mark.parametrize("command", ["list", "image measure", "image compare disk"])
+def test_a_host_that_nobody_knows(command: str, scattered: Path) -> None:
+    uri = "nbd://nobody.invalid/x"
+    result = nbdserve(*command.split(), uri, cwd=scattered)
+    assert result.returncode
+    assert re.fullmatch(
+        r"(?i)nbdserve: nbd://nobody\.invalid:10809: .*name.*\n", result.stderr
+    )
 
 
 @pytest.mark.parametrize("closed", ["<&-", ">&-", "2>&-", "<&- >&- 2>&-"])

@@ -28,7 +28,9 @@ def named_errors(path: str, *, or_uri: bool = False) -> Iterator[None]:
         )
     try:
         yield
+    except BrokenPipeError:
+        raise  # of what we print: images are no pipes
     except OSError as error:
-        if error.filename is not None or error.errno is None:
+        if error.filename is not None or error.strerror is None:
             raise
-        raise ImageError(f"{shown(path)}: {os.strerror(error.errno)}") from error
+        raise ImageError(f"{shown(path)}: {error.strerror}") from error

@@ -2,10 +2,16 @@
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
 from nbdserve.cli.image.layout import define_format
 from nbdserve.cli.parser import define_allowed_files
 from nbdserve.cli.secrets import define_secret_file, secrets_of
+
+if TYPE_CHECKING:
+    from collections.abc import AsyncGenerator
+
+    from nbdserve.formats.map import MapEntry
 
 TAKES = "PATH"
 
@@ -37,38 +43,49 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the map as it is found: that of a large disk may be long."""
     import asyncio
 
-    from nbdserve.cli.hints import raw_option
-    from nbdserve.cli.image import named_errors
-
-    with named_errors(arguments.path), raw_option("--format raw"):
-        asyncio.run(_print_map(arguments))
+    asyncio.run(_print_map(arguments))
     return 0
 
 
 async def _print_map(arguments: argparse.Namespace) -> None:
-    from nbdserve.formats.map import as_text, map_entries
-    from nbdserve.formats.open import open_image
+    from contextlib import aclosing
 
-    async with open_image(
-        arguments.path,
-        format=arguments.format or "auto",
-        read_only=True,
-        allow_backing=arguments.allow_backing,
-        allow_data_file=arguments.allow_data_file,
-        lock=False,
-        secrets=secrets_of(arguments),
-    ) as device:
+    from nbdserve.cli.image import named_errors
+    from nbdserve.formats.map import as_text
+
+    async with aclosing(_entries(arguments)) as found:
         if arguments.json:
             separator = "["
-            async for entry in map_entries(device):
+            async for entry in found:
                 print(separator + json.dumps(entry.as_json()), end="")
                 separator = ",\n"
             print("[]" if separator == "[" else "]")
-        else:
-            entries = [entry async for entry in map_entries(device)]
-            print(
-                as_text(entries, _file_names(arguments.path, arguments.format)), end=""
-            )
+            return
+        entries = [entry async for entry in found]
+    with named_errors(arguments.path):
+        text = as_text(entries, _file_names(arguments.path, arguments.format))
+    print(text, end="")
+
+
+async def _entries(arguments: argparse.Namespace) -> "AsyncGenerator[MapEntry]":
+    """Yield the map; only its own failures are the image's."""
+    from nbdserve.cli.hints import raw_option
+    from nbdserve.cli.image import named_errors
+    from nbdserve.formats.map import map_entries
+    from nbdserve.formats.open import open_image
+
+    with named_errors(arguments.path), raw_option("--format raw"):
+        async with open_image(
+            arguments.path,
+            format=arguments.format or "auto",
+            read_only=True,
+            allow_backing=arguments.allow_backing,
+            allow_data_file=arguments.allow_data_file,
+            lock=False,
+            secrets=secrets_of(arguments),
+        ) as device:
+            async for entry in map_entries(device):
+                yield entry
 
 
 def _file_names(path: str, image_format: str | None) -> list[str]:
