@@ -11,9 +11,14 @@ It is replayed at the next open for writing if nobody else wrote the image meanw
 What tells: the image's time stamp, for which the log is touched all the time while it has
 something to say; the word that the file must still hold, which each record names; and a walk
 over all tables that finds the cluster named by nothing else (`opening.py`).
+
+A log that somebody has removed (what cleans up temporary files) is of no use to the next
+open: with each touch it is made anew. As long as that fails nothing is recorded.
 """
 
 import asyncio
+import contextlib
+import errno
 import os
 import struct
 import zlib
@@ -106,13 +111,17 @@ class RedoLog:
         self.sequence = 0
         self._dead = 0
         self._beat: asyncio.TimerHandle | None = None
-        self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        os.ftruncate(self._fd, 0)
-        os.pwrite(self._fd, _head() + _DEAD.pack(0), 0)
-        self._first = self._end = len(_head()) + _DEAD.size
+        self._head = _head()
+        self._first = len(self._head) + _DEAD.size
+        self._fd = -1
+        self._end = self._first
+        self._make()
+        self._is_kept = True
 
     def link(self, guest_cluster: int, entry_in_file: int, entry: int) -> bool:
         """Record a change before it is acknowledged; False if that failed."""
+        if (self._beat is None or not self._is_kept) and not self._keep():
+            return False
         record = _pack(guest_cluster, entry_in_file, entry, self.sequence + 1)
         try:
             if os.pwrite(self._fd, record, self._end) != len(record):
@@ -127,14 +136,16 @@ class RedoLog:
         return True
 
     def committed(self, sequence: int) -> None:
-        """Declare all records up to `sequence` dead."""
+        """Declare all records up to `sequence` dead, and drop them if they are many.
+
+        If they can't be dropped they are with the next commit: the log is just longer.
+        """
         if self._dead == self.sequence:
             return
         self._dead = sequence
-        self._touch()
-        live = (self.sequence - sequence) * _RECORD.size
-        if self._end - self._first - live > max(live, _TIDY):
-            self._tidy(live)
+        live = self._live
+        if not self._touch() or self._end - self._first - live > max(live, _TIDY):
+            self._tidy()
 
     def close(self, *, remove: bool) -> None:
         """Close, and remove the file if all it says is in the image."""
@@ -144,8 +155,18 @@ class RedoLog:
         if remove:
             self.path.unlink(missing_ok=True)
 
-    def _touch(self) -> None:
-        os.pwrite(self._fd, _DEAD.pack(self._dead), self._first - _DEAD.size)
+    @property
+    def _live(self) -> int:
+        """Bytes of the records that are not dead, which are the last ones."""
+        return (self.sequence - self._dead) * _RECORD.size
+
+    def _touch(self) -> bool:
+        """Say what is dead; return whether that went well."""
+        try:
+            os.pwrite(self._fd, _DEAD.pack(self._dead), self._first - _DEAD.size)
+        except OSError:
+            return False
+        return True
 
     def _schedule(self) -> None:
         loop = asyncio.get_running_loop()
@@ -155,34 +176,66 @@ class RedoLog:
         """Say that what the image's time stamp tells by now is our own doing."""
         self._beat = None
         if self._dead != self.sequence:
+            self._keep()
             self._touch()
             self._schedule()
 
-    def _tidy(self, live: int) -> None:
+    def _keep(self) -> bool:
+        """See to it that the next open finds the log; return whether it will."""
+        try:
+            named = os.path.samestat(os.stat(self.path), os.fstat(self._fd))
+        except OSError:
+            named = False
+        self._is_kept = named or self._renew()
+        return self._is_kept
+
+    def _tidy(self) -> None:
         """Drop the dead records; under steady load there is never a moment without live ones."""
-        if not live:
+        if self._live:
+            self._renew()
+            return
+        with contextlib.suppress(OSError):
             os.ftruncate(self._fd, self._first)
             self._end = self._first
-            return
-        with self.path.open("rb") as log:
-            log.seek(self._end - live)
-            records = log.read(live)
-        fresh = self.path.with_suffix(".new")
-        fd = os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        data = _head() + _DEAD.pack(self._dead) + records
+
+    def _renew(self) -> bool:
+        """Make the file anew, with what is live; if that fails the old one goes on."""
         try:
-            whole = os.pwrite(fd, data, 0) == len(data)
+            self._make()
         except OSError:
-            whole = False
-        if not whole:
-            # no room for both: the old one goes on
+            return False
+        return True
+
+    def _make(self) -> None:
+        """Make the file, which has its name only once it is complete.
+
+        Raises:
+            OSError: It can't be made, and all is as before.
+        """
+        data = self._head + _DEAD.pack(self._dead)
+        live = self._live
+        if live:
+            data += os.pread(self._fd, live, self._end - live)
+        fresh = self.path.with_suffix(".new")
+        flags = os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        fd = os.open(fresh, flags, 0o600)
+        try:
+            _put(fd, data, self._first + live)
+            fresh.rename(self.path)
+        except OSError:
             os.close(fd)
-            fresh.unlink()
-            return
-        fresh.rename(self.path)
-        os.close(self._fd)
-        self._fd = fd
-        self._end = len(data)
+            with contextlib.suppress(OSError):
+                fresh.unlink()
+            raise
+        old, self._fd, self._end = self._fd, fd, len(data)
+        if old >= 0:
+            os.close(old)
+
+
+def _put(fd: int, data: bytes, length: int) -> None:
+    """Write a file of this length, or fail."""
+    if len(data) != length or os.pwrite(fd, data, 0) != length:
+        raise OSError(errno.EIO, "not all of it could be read and written")
 
 
 class Leftover(NamedTuple):

@@ -161,6 +161,69 @@ async def test_a_log_that_can_t_be_copied_goes_on(
     log.close(remove=True)
 
 
+async def test_without_a_descriptor_the_log_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TIDY", 100)
+    path = tmp_path / "log"
+    log = log_with(path, *((number, 0, number) for number in range(1, 11)))
+
+    def none_left(*_: object) -> int:
+        raise OSError(errno.EMFILE, "too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "open", none_left)
+        log.committed(9)
+        assert log.link(11, 0, 11)
+    assert read_leftover(path, 0).links == [Link(10, 0, 10), Link(11, 0, 11)]
+    log.committed(10)
+    assert path.stat().st_size < 200, "what was not dropped then is dropped later"
+    assert read_leftover(path, 0).links == [Link(11, 0, 11)]
+    log.close(remove=True)
+
+
+async def test_a_log_that_was_removed_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_BEAT_S", 0.001)
+    path = tmp_path / "log"
+    log = log_with(path, (1, 0, 10), (2, 0, 20))
+    log.committed(1)
+    path.unlink()
+    for _ in range(500):
+        await asyncio.sleep(0.002)
+        if path.exists():
+            break
+    assert read_leftover(path, 0).links == [Link(2, 0, 20)]
+    log.committed(2)
+    await asyncio.sleep(0.02)
+    path.unlink()
+    assert log.link(3, 0, 30), "and the first record after a pause"
+    assert read_leftover(path, 0).links == [Link(3, 0, 30)]
+    log.close(remove=True)
+    assert not list(tmp_path.iterdir())
+
+
+async def test_nothing_is_recorded_where_nobody_would_find_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TIDY", 100)
+    monkeypatch.setattr(module, "_BEAT_S", 0.001)
+    folder = tmp_path / "state"
+    folder.mkdir()
+    path = folder / "log"
+    log = log_with(path, *((number, 0, number) for number in range(1, 11)))
+    shutil.rmtree(folder)
+    await asyncio.sleep(0.02)
+    assert not log.link(11, 0, 11)
+    log.committed(9)
+    assert not log.link(11, 0, 11)
+    folder.mkdir()
+    assert log.link(12, 0, 12)
+    assert read_leftover(path, 0).links == [Link(10, 0, 10), Link(12, 0, 12)]
+    log.close(remove=True)
+
+
 # -- with images
 
 
@@ -355,6 +418,27 @@ async def test_a_state_folder_that_is_gone_makes_copies_wait(tmp_path: Path) -> 
         content = file.read()
     assert b"x" + bytes(killed.content[1:50]) in content
     await image.close()
+
+
+async def test_a_log_that_is_gone_fails_no_flush(
+    killed: Killed, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_TIDY", 100)
+    image = await killed.open()
+    for cluster in range(8):
+        await image.write(cluster * CLUSTER, b"x")
+    shutil.rmtree(killed.state)
+    for cluster in range(8, 16):
+        await image.trim((cluster - 8) * CLUSTER, CLUSTER)
+        flush = asyncio.create_task(image.flush())
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        # a record that lives on when the commit ends
+        await image.write(cluster * CLUSTER, b"y")
+        await flush
+    await image.close()
+    report = check_image(killed.path)
+    assert report is None or not report.leaks
 
 
 async def test_what_a_killed_server_had_reserved_is_given_back(tmp_path: Path) -> None:
