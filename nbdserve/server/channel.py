@@ -126,7 +126,11 @@ class Channel:
         loop.add_reader(sock.fileno(), self._receive)
 
     def send(self, message: object, fd: int | None = None) -> None:
-        """Send a message; a duplicate of `fd` goes with it, so it may be closed at once."""
+        """Send a message; a duplicate of `fd` goes with it, so it may be closed at once.
+
+        Raises:
+            OSError: There is no descriptor for the duplicate; nothing was sent.
+        """
         if not self._open:
             return
         kept = None if fd is None else os.dup(fd)

@@ -156,11 +156,15 @@ class Worker:
         await answer
 
     def serve(self, client: "HandedOver", message: Serve, fd: int) -> bool:
-        """Hand a client over; False if there is no worker just now."""
+        """Hand a client over; False if there is no worker just now.
+
+        Raises:
+            OSError: It can't be handed over.
+        """
         if not self._running.is_set():
             return False
-        self.clients[message.number] = client
         self._channel.send(message, fd)
+        self.clients[message.number] = client
         return True
 
     def let_go(self, number: int, *, at_once: bool = False) -> None:
@@ -386,7 +390,11 @@ class HandedOver(Served):
     """A client that a worker serves."""
 
     def __init__(
-        self, loop: asyncio.AbstractEventLoop, line: Line, chosen: Chosen
+        self,
+        loop: asyncio.AbstractEventLoop,
+        line: Line,
+        chosen: Chosen,
+        log: FilteringBoundLogger,
     ) -> None:
         if not isinstance(chosen.export, DistantExport):
             raise TypeError(f"{chosen.export.name}: is not an export of a worker")
@@ -395,6 +403,7 @@ class HandedOver(Served):
         self._loop = loop
         self._line = line
         self._chosen = chosen
+        self._log = log
         self._worker = chosen.export.place()
         self._number = self._worker.next_number()
         self._story: dict[str, int] = {}
@@ -422,17 +431,30 @@ class HandedOver(Served):
             line.client,
             line.peer,
         )
+        try:
+            taken = self._hand_over(message)
+        except OSError as error:
+            self._log.warning("could not hand a client over", error=error.strerror)
+            taken = False
+        if not taken:
+            self._end("no worker has taken it")
+
+    def _hand_over(self, message: Serve) -> bool:
+        line = self._line
         plain = line.plain
         if plain is not None:
             taken = self._worker.serve(self, message, plain.fileno())
             line.close()  # the end of it is the worker's to say
-        else:
-            ours, theirs = socket.socketpair()
-            with theirs:
+            return taken
+        ours, theirs = socket.socketpair()
+        with theirs:
+            try:
                 taken = self._worker.serve(self, message, theirs.fileno())
-            self._relaying = self._loop.create_task(relay(self._loop, line.sock, ours))
-        if not taken:
-            self.lost()
+            except OSError:
+                ours.close()
+                raise
+        self._relaying = self._loop.create_task(relay(self._loop, line.sock, ours))
+        return taken
 
     def gone(self, message: Gone) -> None:
         """The worker tells the end of the story."""
@@ -474,8 +496,6 @@ class HandedOver(Served):
 class Front(Server):
     """A server that leaves transmission to workers."""
 
-    def _connect(
-        self, line: Line, chosen: Chosen, _log: FilteringBoundLogger
-    ) -> Served:
+    def _connect(self, line: Line, chosen: Chosen, log: FilteringBoundLogger) -> Served:
         """Prepare the handing over of a client."""
-        return HandedOver(self._loop, line, chosen)
+        return HandedOver(self._loop, line, chosen, log)

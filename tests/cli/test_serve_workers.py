@@ -1,6 +1,7 @@
 """`nbdserve serve --workers` and `--open use`: real processes, real clients."""
 
 import asyncio
+import itertools
 import json
 import os
 import resource
@@ -321,9 +322,11 @@ def test_an_image_is_open_though_the_first_client_gave_up(folder: Path) -> None:
 
 def leave_descriptors(pid: int, count: int) -> None:
     """Let a process open so many more, and let it be."""
-    used = max(int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir())
+    used = {int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir()}
+    free = (number for number in itertools.count() if number not in used)
+    limit = next(itertools.islice(free, count, None))
     _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-    resource.prlimit(pid, resource.RLIMIT_NOFILE, (used + 1 + count, hard))
+    resource.prlimit(pid, resource.RLIMIT_NOFILE, (limit, hard))
 
 
 async def served(path: Path, clients: int) -> list[bool]:
@@ -350,6 +353,32 @@ def test_a_worker_without_descriptors_lets_clients_go(folder: Path) -> None:
         assert asyncio.run(served(folder / "s", 2)) == [True, True]
     log = (folder / "log").read_text()
     assert log.count("connection opened") == log.count("connection closed") == 6
+
+
+def test_clients_are_let_go_that_cannot_be_handed_over(folder: Path) -> None:
+    pki = make_certificates(folder)
+    tls = ["--tls", "require", "--tls-certificates", str(pki.server)]
+    with serving(folder, "a.qcow2", "--listen", "127.0.0.1:0", *tls) as process:
+        port = next(uri for uri in process.uris if "unix" not in uri).split(":")[2]
+        uri = f"nbds://127.0.0.1:{port.split('/')[0]}/a"
+        uri = f"{uri}?tls-certificates={pki.clients['alice']}"
+        copy = ["nbdcopy", "--connections=1", uri, "null:"]
+
+        def all_gone() -> bool:
+            log = process.log()
+            return log.count("connection opened") == log.count("connection closed")
+
+        tools.run(*copy)
+        # after the client's own one and two of a pair there is none for a duplicate
+        for count in (1, 3):
+            until(all_gone)
+            leave_descriptors(process.pid, count)
+            tools.run(*copy, expect=(1,))
+        process.wait_for_log("could not hand a client over")
+        leave_descriptors(process.pid, 16)
+        tools.run(*copy)
+    log = (folder / "log").read_text()
+    assert log.count("connection opened") == log.count("connection closed")
 
 
 def test_workers_import_nothing_from_the_current_folder(folder: Path) -> None:
