@@ -10,7 +10,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -71,14 +71,16 @@ def until(it_is_so: Callable[[], object]) -> None:
 
 def holders(process: ServeProcess, image: Path) -> list[int]:
     """Which processes of a server have an image open."""
-    return [
-        pid
-        for pid in (process.pid, *workers(process))
-        if any(
-            os.path.realpath(link) == str(image)
-            for link in Path(f"/proc/{pid}/fd").iterdir()
-        )
-    ]
+    pids = (process.pid, *workers(process))
+    return [pid for pid in pids if str(image) in open_files(pid)]
+
+
+def open_files(pid: int) -> list[str]:
+    names = []
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed meanwhile
+            names.append(os.readlink(link))
+    return names
 
 
 def qemu_io(folder: Path, export: str, *commands: str) -> str:
@@ -158,8 +160,7 @@ def test_read_only_images_are_served_by_all(folder: Path) -> None:
 
 
 def sockets(pid: int) -> int:
-    links = (os.readlink(link) for link in Path(f"/proc/{pid}/fd").iterdir())
-    return sum(link.startswith("socket:") for link in links)
+    return sum(name.startswith("socket:") for name in open_files(pid))
 
 
 def test_what_is_sent_behind_the_handshake_goes_along(folder: Path) -> None:
@@ -276,11 +277,7 @@ def test_images_that_are_opened_when_they_are_used(folder: Path, size: str) -> N
         pids = [process.pid, *workers(process)]
 
         def is_open(name: str) -> bool:
-            return any(
-                os.path.realpath(link) == str(folder / name)
-                for pid in pids
-                for link in Path(f"/proc/{pid}/fd").iterdir()
-            )
+            return any(str(folder / name) in open_files(pid) for pid in pids)
 
         assert not is_open("a.qcow2")
         qemu_io(folder, "a", "write -P 4 0 64k", "flush")
