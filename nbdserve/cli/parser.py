@@ -13,6 +13,9 @@ from nbdserve.errors import ConfigError
 
 Value = TypeVar("Value")
 
+#: What options that take a path call it in their help.
+_PATHS = ("PATH", "FILE", "DIR")
+
 
 def did_you_mean(word: str, known: Sequence[str]) -> str:
     """Return `: did you mean X?` if one of `known` is close to `word`, else ``."""
@@ -91,6 +94,13 @@ class Parser(argparse.ArgumentParser):
         if rest:
             self._refuse(rest[0])
         return arguments
+
+    def _get_value(self, action: argparse.Action, arg_string: str) -> object:
+        # `--tls-ca "$unset"` is a mistake, not the wish to have none
+        if not arg_string and action.option_strings and action.metavar in _PATHS:
+            raise argparse.ArgumentError(action, "the path is empty")
+        value: object = super()._get_value(action, arg_string)
+        return value
 
     def error(self, message: str) -> NoReturn:
         """Raise what argparse would print."""

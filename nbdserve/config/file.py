@@ -24,6 +24,8 @@ from nbdserve.config.model import (
     TcpAddress,
     VsockAddress,
     parse_mode,
+    parse_path,
+    parse_socket_path,
 )
 from nbdserve.config.tls import TlsChoice, TlsConfig
 from nbdserve.errors import ConfigError
@@ -160,22 +162,22 @@ class _Reader:
         return FileConfig(
             images=images,
             listen=self._each(("listen",), file.listen, TcpAddress.parse),
-            unix=tuple(file.unix),
-            unix_mode=(
-                None
-                if file.unix_mode is None
-                else self._judged(("unix-mode",), file.unix_mode, parse_mode)
-            ),
+            unix=self._each(("unix",), file.unix, parse_socket_path),
+            unix_mode=self._optional("unix-mode", file.unix_mode, parse_mode),
             vsock=self._each(("vsock",), file.vsock, VsockAddress.parse),
             tls=self._tls(file.tls),
             limits=settings,
-            state_dir=file.state_dir,
+            state_dir=self._optional("state-dir", file.state_dir, parse_path),
             workers=file.workers,
             open=file.open,
-            control=file.control,
+            control=self._optional("control", file.control, parse_socket_path),
         )
 
     def _tls(self, tls: _Tls) -> dict[str, Any]:
+        for key in ("certificates", "cert", "key", "ca", "psk"):
+            path = getattr(tls, key)
+            if path is not None:
+                self._judged(("tls", key), path, parse_path)
         given = {
             "certificate" if key == "cert" else key: value
             for key, value in msgspec.structs.asdict(tls).items()
@@ -200,9 +202,15 @@ class _Reader:
                 read_only=export.read_only,
                 description=export.description,
                 cache=export.cache,
-                allow_backing=tuple(export.allow_backing),
-                allow_data_file=tuple(export.allow_data_file),
-                secret_files=tuple(_listed(export.secret_file)),
+                allow_backing=self._each(
+                    (*at, "allow-backing"), export.allow_backing, parse_path
+                ),
+                allow_data_file=self._each(
+                    (*at, "allow-data-file"), export.allow_data_file, parse_path
+                ),
+                secret_files=self._each(
+                    (*at, "secret-file"), _listed(export.secret_file), parse_path
+                ),
                 snapshot=export.snapshot,
                 allocation_depth=export.allocation_depth,
                 bitmaps=tuple(export.bitmaps),
@@ -236,6 +244,11 @@ class _Reader:
             return parse(value)
         except ConfigError as error:
             self._refuse(at, str(error))
+
+    def _optional(
+        self, key: str, value: str | None, parse: Callable[[str], _Parsed]
+    ) -> _Parsed | None:
+        return None if value is None else self._judged((key,), value, parse)
 
     def _each(
         self, at: _Path, values: Sequence[str], parse: Callable[[str], _Parsed]

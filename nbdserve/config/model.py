@@ -69,6 +69,32 @@ def parse_mode(text: str) -> int:
     return int(text, 8)
 
 
+def parse_path(text: str) -> str:
+    """Read a path.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    if not text or "\0" in text:
+        raise ConfigError(f"{text!r} is no path")
+    return text
+
+
+def parse_socket_path(text: str) -> str:
+    """Read the path of a Unix socket.
+
+    Raises:
+        ConfigError: It is none.
+    """
+    parse_path(text)
+    if len(text.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_LENGTH:
+        raise ConfigError(
+            f"{text}: too long for a Unix socket, whose path has at most"
+            f" {MAX_SOCKET_PATH_LENGTH} bytes"
+        )
+    return text
+
+
 @dataclass(frozen=True, slots=True)
 class TcpAddress:
     """Where to listen for TCP connections; port 0 lets the kernel choose."""
@@ -83,11 +109,13 @@ class TcpAddress:
 
     @classmethod
     def parse(cls, text: str) -> "TcpAddress":
-        """Read `HOST:PORT`, `HOST`, `:PORT` or `[V6]:PORT`; no host means all.
+        """Read `HOST:PORT`, `HOST`, `:PORT` or `[V6]:PORT`; `:PORT` means all hosts.
 
         Raises:
             ConfigError: It is none of these.
         """
+        if not text:
+            raise ConfigError("'' is not HOST:PORT: write :10809 for all addresses")
         host, colon, port = text.rpartition(":")
         if re.fullmatch("[0-9]+", text):
             raise ConfigError(f"{text!r} is not HOST:PORT: did you mean :{text}?")
@@ -338,16 +366,12 @@ class ServeConfig:
         _require_once("--unix", [os.path.normpath(path) for path in self.unix])
         _require_once("--vsock", [str(each) for each in self.vsock])
         own = () if self.control is None else (self.control,)
+        for path in (*self.unix, *own):
+            parse_socket_path(path)
         _require_once(
             "--unix and --control",
             [os.path.normpath(path) for path in (*self.unix, *own)],
         )
-        for path in (*self.unix, *own):
-            if len(path.encode("utf-8", "surrogateescape")) > MAX_SOCKET_PATH_LENGTH:
-                raise ConfigError(
-                    f"{path}: too long for a Unix socket, whose path has at most"
-                    f" {MAX_SOCKET_PATH_LENGTH} bytes"
-                )
 
     def _judge_names(self) -> None:
         if not self.images and self.file is None:

@@ -110,7 +110,7 @@ def create_image(  # noqa: PLR0913 - each is one option of the command line
         lazy_refcounts=lazy_refcounts,
         encryption=encryption,
     )
-    _judge(request)
+    _judge(path, request)
     if backing is not None:
         _judge_backing(path, request)
     write = _writer(request, progress)
@@ -153,7 +153,9 @@ def _data_file(
         raise
 
 
-def _judge(request: _Request) -> None:
+def _judge(path: str, request: _Request) -> None:
+    if not path or "\0" in path:
+        raise ConfigError(f"{path!r} is no path for a new image")
     if request.format not in FORMATS:
         raise ConfigError(
             f"format {request.format!r}: must be one of {', '.join(FORMATS)}"

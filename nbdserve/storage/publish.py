@@ -20,7 +20,10 @@ def require_new(path: str) -> None:
 
     Raises:
         FileExistsError: Something has, be it a link that leads nowhere.
+        FileNotFoundError: It is empty, which no file can be called.
     """
+    if not path:
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), path)
     if os.path.lexists(path):
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
 

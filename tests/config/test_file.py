@@ -112,6 +112,14 @@ def test_one_value_needs_no_list(tmp_path: Path) -> None:
             "line 3: an empty list would be met by everybody",
         ),
         ('unix-mode = "rw"', "line 1: 'rw' are no permissions"),
+        ('listen = [""]', "line 1: '' is not HOST:PORT"),
+        ('unix = [""]', "line 1: '' is no path"),
+        (f'unix = ["/{"x" * 107}"]', "too long for a Unix socket"),
+        ('\ncontrol = ""', "line 2: '' is no path"),
+        ('state-dir = ""', "line 1: '' is no path"),
+        ('[tls]\nmode = "off"\nca = ""', "line 3: '' is no path"),
+        ('[[export]]\npath = "a"\nsecret-file = ""', "line 3: '' is no path"),
+        ('[[export]]\npath = "a"\nallow-backing = [""]', "line 3: '' is no path"),
     ],
 )
 def test_a_mistake_has_its_line(tmp_path: Path, text: str, complaint: str) -> None:

@@ -69,6 +69,7 @@ def test_addresses_are_host_and_port(text: str, host: str, port: int) -> None:
         ("localhost:" + "9" * 5000, "from 0 to 65535"),
         ("localhost:", "from 0 to 65535"),
         ("10809", "did you mean :10809"),
+        ("", "write :10809 for all addresses"),
     ],
 )
 def test_what_is_no_address_is_refused_with_a_hint(text: str, hint: str) -> None:
@@ -97,6 +98,9 @@ def test_strings_and_sockets_that_do_not_fit_are_refused() -> None:
         ImageConfig("a", "a", description="x" * 4097)
     with pytest.raises(ConfigError, match="too long for a Unix socket"):
         ServeConfig((image,), unix=("/tmp/" + "x" * 103,))
+    for place in ({"unix": ("",)}, {"control": ""}):
+        with pytest.raises(ConfigError, match="'' is no path"):
+            ServeConfig((image,), **place)
     assert ServeConfig((image,), unix=("/tmp/" + "x" * 102,)).unix
 
 

@@ -92,6 +92,14 @@ def test_an_empty_name(command: str, capsys: pytest.CaptureFixture[str]) -> None
     assert err == "nbdserve: '': No such file or directory\n"
 
 
+@pytest.mark.parametrize("command", ["convert", "rename"])
+def test_an_empty_name_for_what_is_made(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    code, _, err = answer([command, str(folder / "raw"), ""], "", capsys)
+    assert (code, err) == (1, "nbdserve: '': No such file or directory\n")
+
+
 @pytest.mark.parametrize("command", [*DESCRIBING, *CHANGING])
 def test_an_uri(
     command: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
