@@ -21,7 +21,7 @@ import structlog
 import uvloop
 
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
-from nbdserve.errors import ConfigError, ImageError
+from nbdserve.errors import ConfigError, ImageError, explain
 from nbdserve.exports.access import Policy
 from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
@@ -434,7 +434,7 @@ async def _close(registry: Registry) -> None:
             structlog.get_logger().error(
                 "could not close an image cleanly",
                 export=export.name,
-                error=str(error),
+                error=explain(error),
             )
 
 
@@ -629,7 +629,7 @@ class Reload:
             await self._server.withdraw(export)
         except (OSError, ImageError) as error:
             self._log.error(
-                "could not close an image cleanly", export=name, error=str(error)
+                "could not close an image cleanly", export=name, error=explain(error)
             )
         else:
             self._log.info("export removed", export=name)
@@ -648,7 +648,7 @@ class Reload:
             export = await self._offer(image, policy, state_dir)
         except (ConfigError, ImageError, OSError) as error:
             self._log.error(
-                "could not open an image", export=image.name, error=str(error)
+                "could not open an image", export=image.name, error=explain(error)
             )
             return
         if self._server.stopping:
@@ -671,5 +671,5 @@ async def _flush(registry: Registry) -> None:
             await export.flush()
         except (OSError, ImageError) as error:
             # no traceback: the error names the disk, and that is where it lies
-            log.error("could not flush", export=export.name, error=str(error))  # noqa: TRY400
+            log.error("could not flush", export=export.name, error=explain(error))  # noqa: TRY400
     log.info("flushed", exports=len(registry))

@@ -21,6 +21,20 @@ there is something to do about it, what. A system call's own `OSError` passes
 through the engine unchanged: its errno is the answer to the request.
 """
 
+import os
+
+
+def explain(error: BaseException) -> str:
+    """Return one line for an error that a person can do something about."""
+    if isinstance(error, OSError) and error.strerror:
+        name = ""
+        if error.filename is not None:
+            name = os.fsdecode(error.filename) or "''"
+        text = f"{name}: {error.strerror}" if name else error.strerror
+    else:
+        text = str(error)
+    return " ".join(text.split())
+
 
 class NbdserveError(Exception):
     """Any error that nbdserve raises on purpose."""

@@ -7,7 +7,7 @@ from importlib import import_module
 from importlib.machinery import ExtensionFileLoader, PathFinder
 
 from nbdserve import __version__
-from nbdserve.errors import ConfigError, NbdserveError
+from nbdserve.errors import ConfigError, NbdserveError, explain
 from nbdserve.observe.streams import open_missing, point_to_nowhere
 
 #: Exit codes that other people's scripts rely on.
@@ -81,18 +81,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return INTERRUPTED
     return code
-
-
-def explain(error: Exception) -> str:
-    """Return one line for an error that a person can do something about."""
-    if isinstance(error, OSError) and error.strerror:
-        name = ""
-        if error.filename is not None:
-            name = os.fsdecode(error.filename) or "''"
-        text = f"{name}: {error.strerror}" if name else error.strerror
-    else:
-        text = str(error)
-    return " ".join(text.split())
 
 
 def _settle_stdout() -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from nbdserve import __version__
 from nbdserve.cli.parser import Parser, judged
-from nbdserve.errors import ConfigError, NbdserveError
+from nbdserve.errors import ConfigError, NbdserveError, explain
 from nbdserve.observe.streams import open_missing, point_to_nowhere
 from nbdserve.storage.names import shown
 
@@ -68,7 +68,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 1 for any failure.
     """
-    from nbdserve.cli.main import FAILED, INTERRUPTED, explain
+    from nbdserve.cli.main import FAILED, INTERRUPTED
 
     open_missing()
     words = list(sys.argv[1:] if argv is None else argv)
@@ -365,8 +365,6 @@ def _be_daemon(
     arguments: argparse.Namespace, config: "ServeConfig", told: int, ready: int
 ) -> NoReturn:
     """Serve as the child; what fails is told on the stderr that both still share."""
-    from nbdserve.cli.main import explain
-
     os.close(told)
     os.setsid()
     point_to_nowhere(0)

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
 from nbdserve.cli.secrets import define_secret_file
 from nbdserve.config.units import parse_size
-from nbdserve.errors import ConfigError
+from nbdserve.errors import ConfigError, NbdserveError, explain
 
 if TYPE_CHECKING:
     from nbdserve.config.model import (
@@ -256,10 +256,19 @@ def run(arguments: argparse.Namespace) -> int:
         from nbdserve.cli.hints import raw_option
         from nbdserve.observe.logs import configure
 
-    config = _configuration(arguments)
     configure(arguments.log_format, arguments.log_level)
-    with raw_option("--format raw"):
-        app.serve(config, announce, lambda: _configuration(arguments))
+    try:
+        config = _configuration(arguments)
+        with raw_option("--format raw"):
+            app.serve(config, announce, lambda: _configuration(arguments))
+    except (NbdserveError, OSError) as error:
+        if arguments.log_format == "console":
+            raise
+        # the last line of a log is as all the others
+        import structlog
+
+        structlog.get_logger().error("the server ends", error=explain(error))
+        return 1
     return 0
 
 

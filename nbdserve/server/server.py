@@ -15,7 +15,7 @@ from nbdserve.block.device import BlockDevice
 from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.layers.absent import Absent
 from nbdserve.config.tls import TlsConfig
-from nbdserve.errors import ImageError, ProtocolError, RequestError
+from nbdserve.errors import ImageError, ProtocolError, RequestError, explain
 from nbdserve.exports.access import Access, Client
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
@@ -495,7 +495,7 @@ class Server:
             self._log.warning(
                 "closed with an error, to be opened anew",
                 export=export.name,
-                error=str(error),
+                error=explain(error),
             )
 
     async def recheck(self, export: Export) -> None:
@@ -577,7 +577,7 @@ class Server:
                 self._log.error(
                     "could not close an image cleanly",
                     export=export.name,
-                    error=str(error) or type(error).__name__,
+                    error=explain(error) or type(error).__name__,
                 )
                 failures.append(error)
         if failures:

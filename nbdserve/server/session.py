@@ -16,7 +16,7 @@ from structlog.typing import FilteringBoundLogger
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.loan import Piece
-from nbdserve.errors import ImageError
+from nbdserve.errors import ImageError, explain
 from nbdserve.exports.export import Export
 from nbdserve.observe.counters import ConnectionCounters
 from nbdserve.server.budget import Budget
@@ -533,6 +533,6 @@ class Session:
                 "the disk failed",
                 command=command_name(command),
                 offset=offset,
-                error=str(failure),
+                error=explain(failure),
             )
         return self._answers.error(cookie, offset, error, text)

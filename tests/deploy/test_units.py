@@ -68,6 +68,34 @@ def test_the_guide_installs_what_the_units_want() -> None:
     assert setting(unit, "Documentation").removeprefix("file:") in guide
 
 
+def test_the_guide_finds_what_went_wrong(tmp_path: Path) -> None:
+    """Also among the lines of systemd, which are no JSON."""
+    nbdserve = [sys.executable, "-m", "nbdserve", "serve", "--log-format", "json"]
+    failed = subprocess.run(
+        [*nbdserve, "--unix", "s", "missing.qcow2"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=False,
+    )
+    assert failed.returncode == 1
+    others = '{"event": "flushed", "level": "info"}\nnbdserve.service: Failed.\n'
+    journal = f"Starting nbdserve.service...\n{failed.stderr}{others}"
+    guide = (DEPLOY / "README.md").read_text()
+    (command,) = re.findall(r"^journalctl .* \| (jq .*)$", guide, re.MULTILINE)
+    found = subprocess.run(
+        shlex.split(command),
+        input=journal,
+        capture_output=True,
+        text=True,
+        timeout=30,
+        check=True,
+    )
+    told = json.loads(found.stdout)
+    assert told["error"] == "missing.qcow2: No such file or directory"
+
+
 def test_the_command_of_the_unit_serves_and_obeys_systemd(units: Path) -> None:
     """Play systemd: sockets, readiness, watchdog, reload and stop."""
     unit = units / "nbdserve.service"

@@ -214,13 +214,17 @@ async def test_failures_answer_one_request(
 @pytest.mark.parametrize(
     ("failure", "told"),
     [
-        (OSError(errno.EIO, "an earlier sync failed"), 1),
-        (ImageError("disk.qcow2: the cluster at 0x50000 holds metadata"), 1),
-        (RequestError(errno.ENOTSUP, "not so"), 0),
+        (OSError(errno.EIO, "an earlier sync failed"), ["an earlier sync failed"]),
+        (OSError(errno.ENOSPC, "No space", "disk.raw"), ["disk.raw: No space"]),
+        (
+            ImageError("a.qcow2: the cluster at 0x50000"),
+            ["a.qcow2: the cluster at 0x50000"],
+        ),
+        (RequestError(errno.ENOTSUP, "not so"), []),
     ],
 )
 async def test_a_failing_disk_is_one_line_in_the_log(
-    running: Running, logs: list[dict[str, object]], failure: Exception, told: int
+    running: Running, logs: list[dict[str, object]], failure: Exception, told: list[str]
 ) -> None:
     client = await running.client()
     running.disk.failure = failure
@@ -228,12 +232,11 @@ async def test_a_failing_disk_is_one_line_in_the_log(
         with pytest.raises(NbdRequestFailed):
             await client.write(512, b"x")
     lines = [log for log in logs if log["event"] == "the disk failed"]
-    assert len(lines) == told
+    assert [log["error"] for log in lines] == told
     for line in lines:
         assert line["log_level"] == "error"
         assert line["command"] == "NBD_CMD_WRITE"
         assert line["offset"] == 512
-        assert line["error"] == str(failure)
 
 
 async def test_commands_reach_the_disk_with_their_flags(running: Running) -> None:
