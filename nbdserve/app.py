@@ -23,6 +23,7 @@ import uvloop
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
 from nbdserve.errors import ConfigError, ImageError, explain
 from nbdserve.exports.access import Policy
+from nbdserve.exports.closing import close_all
 from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
 from nbdserve.exports.opening import open_disk, open_export
@@ -153,9 +154,10 @@ async def _serve(  # noqa: PLR0913
     _stop_on_signals(stop)
     async with _workers(config, parts) as crew:
         offer = partial(_offer, crew, late=config.open == "use")
-        registry = await _open_exports(config, offer)
+        close_timeout_s = parts.limits.close_timeout_s
+        registry = await _open_exports(config, offer, close_timeout_s)
         if stop.is_set():
-            await _close(registry)
+            await _close(registry, close_timeout_s)
             return
         if not made:
             _note_another_size(config, registry)
@@ -375,7 +377,9 @@ async def _offer(
     return export
 
 
-async def _open_exports(config: ServeConfig, offer: Offer) -> Registry:
+async def _open_exports(
+    config: ServeConfig, offer: Offer, close_timeout_s: float
+) -> Registry:
     """Open every image, or none.
 
     Raises:
@@ -390,7 +394,7 @@ async def _open_exports(config: ServeConfig, offer: Offer) -> Registry:
             policy = _policy(image)
             registry.add(await offer(image, policy, state_dir))
     except BaseException:
-        await _close(registry)
+        await _close(registry, close_timeout_s)
         raise
     return registry
 
@@ -425,17 +429,12 @@ def _policy(image: ImageConfig) -> Policy:
     return Policy.of(image.access, tls_only=image.tls_only)
 
 
-async def _close(registry: Registry) -> None:
+async def _close(registry: Registry, timeout_s: float) -> None:
     """Close devices that nobody has used; the error that led here comes first."""
-    for export in registry:
-        try:
-            await export.close()
-        except (OSError, ImageError) as error:
-            structlog.get_logger().error(
-                "could not close an image cleanly",
-                export=export.name,
-                error=explain(error),
-            )
+    for export, error in (await close_all(registry, timeout_s)).items():
+        structlog.get_logger().error(
+            "could not close an image cleanly", export=export.name, error=explain(error)
+        )
 
 
 def _state_dir(config: ServeConfig, environment: Mapping[str, str]) -> str | None:

@@ -20,13 +20,16 @@ class Once:
         """Have it done; whatever it raises is raised for each who waits."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work())
-            # nobody may be left to be told
-            self._task.add_done_callback(
-                lambda task: task.cancelled() or task.exception()
-            )
+            self._task.add_done_callback(forget)
         await asyncio.shield(self._task)
 
     async def ended(self) -> None:
         """Wait until nothing is under way, whatever comes of it."""
         if self._task is not None:
             await asyncio.wait([self._task])
+
+
+def forget(task: asyncio.Task[None]) -> None:
+    """Let the error of a task be nobody's: who wanted to know may have given up."""
+    if not task.cancelled():
+        task.exception()

@@ -17,6 +17,7 @@ from nbdserve.block.layers.absent import Absent
 from nbdserve.config.tls import TlsConfig
 from nbdserve.errors import ImageError, ProtocolError, RequestError, explain
 from nbdserve.exports.access import Access, Client
+from nbdserve.exports.closing import close_all
 from nbdserve.exports.export import Export
 from nbdserve.exports.registry import Registry
 from nbdserve.server.budget import Budget
@@ -417,8 +418,9 @@ class Server:
         """
         self.registry.remove(export)
         await self.recheck(export)
-        async with asyncio.timeout(self._limits.close_timeout_s), export.change:
-            await export.close()
+        failures = await close_all([export], self._limits.close_timeout_s)
+        if failures:
+            raise failures[export]
 
     async def exchange_disk(
         self,
@@ -568,20 +570,15 @@ class Server:
 
     async def _close_devices(self) -> None:
         """Close every device, also after one has failed."""
-        failures: list[Exception] = []
-        for export in self.registry:
-            try:
-                async with asyncio.timeout(self._limits.close_timeout_s), export.change:
-                    await export.close()
-            except Exception as error:  # noqa: BLE001 -- raised once all are closed
-                self._log.error(
-                    "could not close an image cleanly",
-                    export=export.name,
-                    error=explain(error) or type(error).__name__,
-                )
-                failures.append(error)
+        failures = await close_all(self.registry, self._limits.close_timeout_s)
+        for export, error in failures.items():
+            self._log.error(
+                "could not close an image cleanly",
+                export=export.name,
+                error=explain(error) or type(error).__name__,
+            )
         if failures:
-            raise failures[0]
+            raise next(iter(failures.values()))
 
 
 def _tune(sock: socket.socket, keepalive_s: float) -> None:

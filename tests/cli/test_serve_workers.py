@@ -317,6 +317,18 @@ def test_an_image_is_open_though_the_first_client_gave_up(folder: Path) -> None:
         assert "could not open" not in process.log()
 
 
+def test_a_hung_worker_keeps_the_server_no_longer_than_allowed(folder: Path) -> None:
+    limits = ["--limit", "close-timeout-s=0.5"]
+    words = ["a.qcow2", "b.qcow2", "--unix", "s", "--workers", "2", *limits]
+    with ServeProcess(*words, cwd=folder) as process:
+        process.wait_until_ready()
+        for pid in workers(process):
+            os.kill(pid, signal.SIGSTOP)
+        assert process.end() == 1
+        last = process.log().splitlines()[-1]
+        assert last == "nbdserve: the export 'a' was not closed within 0.5 s"
+
+
 def leave_descriptors(pid: int, count: int) -> None:
     """Let a process open so many more, and let it be."""
     used = {int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir()}
