@@ -198,7 +198,7 @@ async def _serve(  # noqa: PLR0913
         finally:
             if device is not None:
                 await device.detach()  # with everything in flight answered
-        await reload.ended()
+            await reload.end(close_timeout_s)
 
 
 def _device(server: Server, number: int) -> "KernelDevice":
@@ -564,9 +564,13 @@ class Reload:
         state_dir = _state_dir(self._config, os.environ)
         await self._server.exchange_disk(export, lambda: open_disk(image, state_dir))
 
-    async def ended(self) -> None:
-        """Wait for what is under way."""
-        await asyncio.gather(*self._under_way)
+    async def end(self, timeout_s: float) -> None:
+        """Wait for what is under way, and give up on what takes longer."""
+        if self._under_way:
+            _, late = await asyncio.wait(self._under_way, timeout=timeout_s)
+            for task in late:
+                self._log.error("gave up on a reload", seconds=timeout_s)
+                task.cancel()
 
     async def _reload(self) -> None:
         async with self._turn:

@@ -329,6 +329,25 @@ def test_a_hung_worker_keeps_the_server_no_longer_than_allowed(folder: Path) -> 
         assert last == "nbdserve: the export 'a' was not closed within 0.5 s"
 
 
+def test_nor_does_a_reload_that_waits_for_it(folder: Path) -> None:
+    config = folder / "nbdserve.toml"
+    config.write_text('[[export]]\npath = "a.qcow2"\n')
+    words = ["--config", "nbdserve.toml", "--unix", "s", "--workers", "2"]
+    process = ServeProcess(*words, "--limit", "close-timeout-s=0.5", cwd=folder)
+    with process:
+        process.wait_until_ready()
+        (owner,) = holders(process, folder / "a.qcow2")
+        for pid in set(workers(process)) - {owner}:
+            os.kill(pid, signal.SIGSTOP)
+        with config.open("a") as more:
+            more.write('[[export]]\npath = "b.qcow2"\n')
+        os.kill(process.pid, signal.SIGHUP)
+        process.wait_for_log("flushed")
+        assert process.end() == 0
+        assert "gave up on a reload" in process.log()
+        assert "Traceback" not in process.log()
+
+
 def leave_descriptors(pid: int, count: int) -> None:
     """Let a process open so many more, and let it be."""
     used = {int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir()}
