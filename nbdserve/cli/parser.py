@@ -70,6 +70,15 @@ def define_allowed_files(parser: argparse._ActionsContainer) -> None:
     )
 
 
+class _Formatter(argparse.RawDescriptionHelpFormatter):
+    """Help in which a name with hyphens can be copied."""
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        from textwrap import wrap  # only help needs it
+
+        return wrap(" ".join(text.split()), width, break_on_hyphens=False)
+
+
 class Parser(argparse.ArgumentParser):
     """The parser of one command."""
 
@@ -80,7 +89,7 @@ class Parser(argparse.ArgumentParser):
             usage=f"{prog} {takes} [options]",
             description=description,
             epilog=epilog,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_Formatter,
             allow_abbrev=False,
         )
 

@@ -81,9 +81,11 @@ def define(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         type=judged(_limit),
-        help="what clients may use, any number of times, such as connections=100,"
-        " connections-per-export=10, total-bytes-in-flight=256M,"
-        " handshake-timeout-s=5, stall-timeout-s=30",
+        help="what clients may use, any number of times: handshake-timeout-s, options,"
+        " connections, connections-per-export, requests-in-flight, bytes-in-flight,"
+        " total-bytes-in-flight, idle-buffer-bytes, stall-timeout-s, idle-timeout-s,"
+        " keepalive-s, turn-s, turn-bytes, busy-poll-s, drain-timeout-s, linger-s,"
+        " close-timeout-s; deploy/nbdserve.example.toml explains them",
     )
     group = parser.add_argument_group("control")
     group.add_argument(

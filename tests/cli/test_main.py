@@ -12,6 +12,7 @@ import pytest
 import nbdserve as package
 from nbdserve import __version__
 from nbdserve.cli.main import COMMANDS, main
+from nbdserve.server.limits import NAMES
 
 #: What start-up must not pay for: the engine, the loop, the logger.
 HEAVY = (
@@ -96,6 +97,15 @@ def test_each_command_has_help_with_examples(
     assert ended.value.code == 0
     assert text.startswith(f"usage: nbdserve {name} ")
     assert f"examples:\n  nbdserve {name} " in text
+
+
+def test_help_names_every_limit(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    assert set(NAMES) <= set(re.findall(r"[\w-]+", capsys.readouterr().out))
 
 
 WRONG_USAGE = [

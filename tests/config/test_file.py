@@ -55,7 +55,7 @@ def test_the_example_documents_every_key() -> None:
             __import__("nbdserve.config.file", fromlist=[table]), table
         ).__struct_encode_fields__
     }
-    for key in keys:
+    for key in {*keys, *NAMES}:
         assert re.search(rf"^(# )?(\[+(export\.)?)?{key}( =|\])", text, re.MULTILINE), (
             key
         )
