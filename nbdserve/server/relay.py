@@ -13,11 +13,65 @@ from nbdserve.server.readiness import readable, writable
 from nbdserve.server.tls import ByteStream
 
 #: Moved at once: as much as a worker sends at once.
-_PIECE: Final = 256 << 10
+PIECE: Final = 256 << 10
+
+
+class _Way:
+    """Bytes on their way from one side to the other.
+
+    Only what the other side does not take at once is kept: most connections are idle.
+    """
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        source: ByteStream,
+        sink: ByteStream,
+        memory: memoryview,
+    ) -> None:
+        """Carry nothing yet; `memory` is where all receive, `PIECE` bytes."""
+        self._loop = loop
+        self._source = source
+        self._sink = sink
+        self._memory = memory
+
+    async def go(self) -> None:
+        """Carry bytes, and the end of the stream."""
+        with suppress(OSError):  # whoever is lost, the other side sees the end
+            while count := await self._receive():
+                piece = self._memory[:count]
+                sent = self._send(piece)
+                if sent < count:
+                    await self._send_rest(bytes(piece[sent:]))
+                await asyncio.sleep(0)  # a quick pair must not keep the loop to itself
+        with suppress(OSError):
+            self._sink.shutdown(socket.SHUT_WR)
+
+    async def _receive(self) -> int:
+        while True:
+            try:
+                return self._source.recv_into(self._memory)
+            except (BlockingIOError, InterruptedError):
+                await readable(self._loop, self._source.fileno())
+
+    def _send(self, piece: memoryview) -> int:
+        try:
+            return self._sink.send(piece)
+        except (BlockingIOError, InterruptedError):
+            return 0
+
+    async def _send_rest(self, data: bytes) -> None:
+        rest = memoryview(data)
+        while rest:
+            await writable(self._loop, self._sink.fileno())
+            rest = rest[self._send(rest) :]
 
 
 async def relay(
-    loop: asyncio.AbstractEventLoop, client: ByteStream, worker: socket.socket
+    loop: asyncio.AbstractEventLoop,
+    client: ByteStream,
+    worker: socket.socket,
+    memory: memoryview,
 ) -> None:
     """Carry bytes both ways until the worker closes its end.
 
@@ -25,38 +79,14 @@ async def relay(
         loop: The running loop.
         client: The encrypted connection; not closed here.
         worker: Our end of a pair, not blocking; closed in the end.
+        memory: For all relays of the loop, `PIECE` bytes.
     """
     worker.setblocking(False)
-    to_worker = loop.create_task(_pump(loop, client, worker))
+    to_worker = loop.create_task(_Way(loop, client, worker, memory).go())
     try:
-        await _pump(loop, worker, client)
+        await _Way(loop, worker, client, memory).go()
     finally:
         to_worker.cancel()
         with suppress(asyncio.CancelledError):
             await to_worker
         worker.close()
-
-
-async def _pump(
-    loop: asyncio.AbstractEventLoop, source: ByteStream, sink: ByteStream
-) -> None:
-    """Carry bytes one way, and the end of the stream."""
-    memory = memoryview(bytearray(_PIECE))
-    with suppress(OSError):  # whoever is lost, the other side sees the end
-        while True:
-            try:
-                count = source.recv_into(memory)
-            except (BlockingIOError, InterruptedError):
-                await readable(loop, source.fileno())
-                continue
-            if not count:
-                break
-            piece = memory[:count]
-            while piece:
-                try:
-                    piece = piece[sink.send(piece) :]
-                except (BlockingIOError, InterruptedError):
-                    await writable(loop, sink.fileno())
-            await asyncio.sleep(0)  # a quick pair must not keep the loop to itself
-    with suppress(OSError):
-        sink.shutdown(socket.SHUT_WR)

@@ -38,7 +38,7 @@ from nbdserve.server.channel import (
 )
 from nbdserve.server.line import Line
 from nbdserve.server.negotiation import Chosen
-from nbdserve.server.relay import relay
+from nbdserve.server.relay import PIECE, relay
 from nbdserve.server.server import Served, Server
 from nbdserve.wire.constants import TransmissionFlag
 from nbdserve.wire.handshake import ExportInfo
@@ -394,8 +394,10 @@ class HandedOver(Served):
         loop: asyncio.AbstractEventLoop,
         line: Line,
         chosen: Chosen,
+        memory: memoryview,
         log: FilteringBoundLogger,
     ) -> None:
+        """`memory` is for relays, of which each loop has one."""
         if not isinstance(chosen.export, DistantExport):
             raise TypeError(f"{chosen.export.name}: is not an export of a worker")
         self.closed: asyncio.Future[str] = loop.create_future()
@@ -403,6 +405,7 @@ class HandedOver(Served):
         self._loop = loop
         self._line = line
         self._chosen = chosen
+        self._memory = memory
         self._log = log
         self._worker = chosen.export.place()
         self._number = self._worker.next_number()
@@ -453,7 +456,9 @@ class HandedOver(Served):
             except OSError:
                 ours.close()
                 raise
-        self._relaying = self._loop.create_task(relay(self._loop, line.sock, ours))
+        self._relaying = self._loop.create_task(
+            relay(self._loop, line.sock, ours, self._memory)
+        )
         return taken
 
     def gone(self, message: Gone) -> None:
@@ -496,6 +501,11 @@ class HandedOver(Served):
 class Front(Server):
     """A server that leaves transmission to workers."""
 
+    def start(self) -> None:
+        """See `Server.start`."""
+        self._relay_memory = memoryview(bytearray(PIECE))
+        super().start()
+
     def _connect(self, line: Line, chosen: Chosen, log: FilteringBoundLogger) -> Served:
         """Prepare the handing over of a client."""
-        return HandedOver(self._loop, line, chosen, log)
+        return HandedOver(self._loop, line, chosen, self._relay_memory, log)
