@@ -41,6 +41,9 @@ examples:
 #: An answer to an option takes a server no disk access worth mentioning.
 TIMEOUT_S = 15.0
 
+#: X509_V_ERR_DEPTH_ZERO_SELF_SIGNED_CERT to X509_V_ERR_UNABLE_TO_VERIFY_LEAF_SIGNATURE.
+_UNKNOWN_AUTHORITY = range(18, 22)
+
 #: nbdinfo's words for what an export can do.
 _ABILITIES = {
     "can_cache": TransmissionFlag.SEND_CACHE,
@@ -98,10 +101,11 @@ def listed_exports(arguments: argparse.Namespace) -> "list[ListedExport]":
         ConfigError: The server can't be asked, or refuses.
     """
     uri: NbdUri = arguments.uri
+    context = _context(arguments, uri) if uri.tls else None
     try:
         with _Connection(uri) as connection:
-            if uri.tls:
-                connection.start_tls(_context(arguments, uri), _hostname(uri))
+            if context is not None:
+                connection.start_tls(context, _hostname(uri))
             return connection.exports(uri.export_name or None)
     except (ProtocolError, OptionRefused) as error:
         raise ConfigError(f"{uri}: {error}") from error
@@ -110,8 +114,20 @@ def listed_exports(arguments: argparse.Namespace) -> "list[ListedExport]":
             f"{_server(uri)}: no answer within {TIMEOUT_S:.0f} seconds"
         ) from None
     except OSError as error:
-        reason = getattr(error, "verify_message", "") or error.strerror or str(error)
-        raise ConfigError(f"{_server(uri)}: {reason}") from None
+        raise ConfigError(f"{_server(uri)}: {_reason(error, arguments)}") from None
+
+
+def _reason(error: OSError, arguments: argparse.Namespace) -> str:
+    """Return why a server could not be asked."""
+    import ssl
+
+    if not isinstance(error, ssl.SSLCertVerificationError):
+        return error.strerror or str(error)
+    if error.verify_code not in _UNKNOWN_AUTHORITY:
+        return error.verify_message
+    if arguments.tls_ca is None:
+        return f"{error.verify_message}; add --tls-ca with the authority's certificate"
+    return f"{error.verify_message}; {shown(arguments.tls_ca)} has not signed it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,14 +227,16 @@ def _context(arguments: argparse.Namespace, uri: NbdUri) -> "ssl.SSLContext":
     """
     import ssl
 
-    try:
-        context = ssl.create_default_context(cafile=arguments.tls_ca)
-        if arguments.tls_cert is not None:
-            context.load_cert_chain(arguments.tls_cert, arguments.tls_key)
-    except OSError as error:
-        names = [arguments.tls_ca, arguments.tls_cert, arguments.tls_key]
-        files = ", ".join(shown(name) for name in names if name)
-        raise ConfigError(f"TLS: {files}: {error.strerror}") from error
+    from nbdserve.server.certificates import judge_certificates, load_own
+
+    if arguments.tls_ca is not None:
+        judge_certificates(arguments.tls_ca)
+    context = ssl.create_default_context(cafile=arguments.tls_ca)
+    if arguments.tls_cert is not None:
+        key = arguments.tls_key or arguments.tls_cert
+        load_own(context, arguments.tls_cert, key)
+    elif arguments.tls_key is not None:
+        raise ConfigError("--tls-key needs --tls-cert")
     if not uri.tls_verify_peer:
         context.check_hostname = False
         context.verify_mode = ssl.CERT_NONE

@@ -13,10 +13,9 @@ from contextlib import suppress
 from typing import Any, Final, NoReturn, Protocol
 
 from nbdserve.config.tls import TlsConfig
-from nbdserve.errors import ConfigError
+from nbdserve.server.certificates import judge_certificates, load_own
 from nbdserve.server.psk import PskKeys, load_psk
 from nbdserve.server.readiness import readable, writable
-from nbdserve.storage.names import shown
 from nbdserve.wire.handshake import TlsMode
 
 #: RFC 8446, 5.1: the most bytes of plaintext in one record.
@@ -250,38 +249,12 @@ def _context() -> ssl.SSLContext:
 
 
 def _load_certificates(context: ssl.SSLContext, config: TlsConfig) -> None:
-    certificate, key = config.certificate or "", config.key or ""
-    for path in (certificate, key, *([config.ca] if config.ca else [])):
-        _require_readable(path)
-
-    def no_password() -> NoReturn:
-        raise ConfigError(f"TLS: {shown(key)} is encrypted; decrypt it for the server")
-
-    try:
-        context.load_cert_chain(certificate, key, no_password)
-    except ssl.SSLError as error:
-        if error.reason == "KEY_VALUES_MISMATCH":
-            text = f"{shown(key)} is not the key of {shown(certificate)}"
-        else:
-            text = f"{shown(certificate)} or {shown(key)} is not PEM: {error.reason}"
-        raise ConfigError(f"TLS: {text}") from error
+    load_own(context, config.certificate or "", config.key or "")
     if config.ca is not None:
-        try:
-            context.load_verify_locations(config.ca)
-        except ssl.SSLError as error:
-            raise ConfigError(
-                f"TLS: {shown(config.ca)} is no PEM file of certificates"
-            ) from error
+        judge_certificates(config.ca)
+        context.load_verify_locations(config.ca)
         required = config.verify_client
         context.verify_mode = ssl.CERT_REQUIRED if required else ssl.CERT_OPTIONAL
-
-
-def _require_readable(path: str) -> None:
-    try:
-        with open(path, "rb"):
-            pass
-    except OSError as error:
-        raise ConfigError(f"TLS: {shown(path)}: {error.strerror}") from error
 
 
 def certificate_names(sock: ssl.SSLSocket) -> tuple[str | None, str | None]:

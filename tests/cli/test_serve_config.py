@@ -14,7 +14,12 @@ import trustme
 
 from nbdserve.cli.main import main
 from tests.cli.servers import ServeProcess, run, serving
-from tests.helpers.certificates import Certificates, make_certificates, renew
+from tests.helpers.certificates import (
+    Certificates,
+    make_certificates,
+    make_wrong_files,
+    renew,
+)
 
 FILE = """
 unix = ["s"]
@@ -204,7 +209,11 @@ def test_encrypted_with_libnbd_qemu_and_our_own(
         assert "1 MiB (1048576 bytes)" in capsys.readouterr().out
         stranger = str(pki.clients["stranger"] / "ca-cert.pem")
         assert main(["list", uri, "--tls-ca", stranger]) == 1
-        assert "self-signed certificate" in capsys.readouterr().err
+        assert f"{stranger} has not signed it" in capsys.readouterr().err
+        assert main(["list", uri]) == 1
+        told = capsys.readouterr().err
+        assert "self-signed certificate" in told
+        assert "add --tls-ca with the authority's certificate" in told
         plain = uri.replace("nbds", "nbd")
         assert main(["list", plain]) == 1
         assert "NBD_REP_ERR_TLS_REQD" in capsys.readouterr().err
@@ -216,8 +225,32 @@ def test_encrypted_with_libnbd_qemu_and_our_own(
         ]:
             client("nbdinfo", f"{uri}?tls-certificates={pki.clients[name]}", expect=1)
             server.wait_for_log(reason)
-        assert server.log().count("handshake failed") == 4
+        assert server.log().count("handshake failed") == 5
         assert server.end() == 0
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["serve a.img --read-only --unix s", "list nbds+unix:///?socket=s"],
+    ids=["serve", "list"],
+)
+def test_files_that_are_no_credentials_are_told_apart(
+    command: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    cases = make_wrong_files(folder)
+    for what, (certificate, key, says) in cases.items():
+        words = [*command.split(), "--tls-cert", certificate, "--tls-key", key]
+        assert main(words) == 1, what
+        told = capsys.readouterr().err
+        assert told.startswith(f"nbdserve: TLS: {says}"), what
+        assert told.count("\n") == 1
+    words = ["--tls-cert", "a.pem", "--tls-key", "a.key", "--tls-ca", "text"]
+    assert main([*command.split(), *words]) == 1
+    assert "TLS: text is not PEM with a certificate" in capsys.readouterr().err
 
 
 def test_a_hangup_reads_certificates_again(folder: Path, tmp_path: Path) -> None:

@@ -59,6 +59,46 @@ def make_certificates(folder: Path) -> Certificates:
     return made
 
 
+def make_wrong_files(folder: Path) -> dict[str, tuple[str, str, str]]:
+    """Make certificates and keys that can't be used, in the current folder.
+
+    Returns:
+        What is wrong -> the certificate, the key, and what to say of them.
+    """
+    authority = trustme.CA()
+    for name, kind in (("a", "ECDSA"), ("b", "ECDSA"), ("rsa", "RSA")):
+        issued = authority.issue_cert("localhost", key_type=trustme.KeyType[kind])
+        issued.private_key_pem.write_to_path(str(folder / f"{name}.key"))
+        issued.cert_chain_pems[0].write_to_path(str(folder / f"{name}.pem"))
+    (folder / "text").write_text("nothing of the kind")
+    for name in ("a.pem", "a.key"):
+        lines = (folder / name).read_text().splitlines()
+        (folder / f"broken-{name}").write_text("\n".join([*lines[:2], *lines[3:]]))
+    return {
+        "another key": ("a.pem", "b.key", "b.key is not the key of a.pem"),
+        "another kind of key": ("a.pem", "rsa.key", "rsa.key is not the key of a.pem"),
+        "no certificate": ("text", "a.key", "text is not PEM with a certificate"),
+        "a key instead": ("a.key", "a.key", "a.key is not PEM with a certificate"),
+        "no key": ("a.pem", "text", "text is not PEM with a private key"),
+        "a certificate instead": (
+            "a.pem",
+            "a.pem",
+            "a.pem is not PEM with a private key",
+        ),
+        "a broken certificate": (
+            "broken-a.pem",
+            "a.key",
+            "broken-a.pem: a certificate",
+        ),
+        "a broken key": (
+            "a.pem",
+            "broken-a.key",
+            "broken-a.key: the private key can't",
+        ),
+        "nothing": ("none", "a.key", "none: No such file or directory"),
+    }
+
+
 def renew(certificates: Certificates, authority: trustme.CA) -> None:
     """Give the server a certificate of an authority."""
     issued = authority.issue_cert("localhost", "127.0.0.1")
