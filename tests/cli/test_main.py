@@ -99,6 +99,16 @@ def test_each_command_has_help_with_examples(
     assert f"examples:\n  nbdserve {name} " in text
 
 
+@pytest.mark.parametrize("name", ["convert", "compare", "measure"])
+def test_help_says_which_uris_a_command_takes(
+    name: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        main(["image", name, "--help"])
+    assert "nbd:// or nbd+unix:// (no TLS)" in " ".join(capsys.readouterr().out.split())
+
+
 def test_help_names_every_limit(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from nbdserve.cli.image.layout import PATH_OR_URI
 from nbdserve.cli.parser import define_allowed_files, one_of
 from nbdserve.cli.secrets import define_secret_file, secrets_of
 
@@ -30,7 +31,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     for name in ("a", "b"):
         upper = name.upper()
-        parser.add_argument(name, metavar=upper, help="a path or an NBD URI")
+        parser.add_argument(name, metavar=upper, help=PATH_OR_URI)
         parser.add_argument(
             f"--format-{name}",
             metavar="F",

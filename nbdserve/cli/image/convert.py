@@ -4,6 +4,7 @@ import argparse
 from typing import TYPE_CHECKING
 
 from nbdserve.cli.image.layout import (
+    PATH_OR_URI,
     define_data_file,
     define_preallocation,
     judge_data_file,
@@ -51,8 +52,8 @@ _FORMATS = ("qcow2", "qcow", "raw")
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("source", metavar="SRC", help="a path or an NBD URI")
-    parser.add_argument("destination", metavar="DST", help="a path or an NBD URI")
+    parser.add_argument("source", metavar="SRC", help=PATH_OR_URI)
+    parser.add_argument("destination", metavar="DST", help=PATH_OR_URI)
     parser.add_argument(
         "--from-format",
         metavar="F",

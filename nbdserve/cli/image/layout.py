@@ -5,6 +5,9 @@ import argparse
 from nbdserve.cli.parser import one_of
 from nbdserve.errors import ConfigError
 
+#: Of a disk that is read or overwritten; TLS is spoken by `nbdserve list` alone.
+PATH_OR_URI = "a path, or the URI of an export: nbd:// or nbd+unix:// (no TLS)"
+
 
 def define_format(parser: argparse._ActionsContainer, option: str = "--format") -> None:
     """Add the option that names the format of an image which is read."""

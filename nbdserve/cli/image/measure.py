@@ -3,6 +3,7 @@
 import argparse
 import json
 
+from nbdserve.cli.image.layout import PATH_OR_URI
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
 from nbdserve.cli.secrets import (
     define_encryption,
@@ -29,7 +30,7 @@ def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
     from nbdserve.cli.image.convert import define_layout
 
-    parser.add_argument("source", metavar="SRC", nargs="?", help="what is converted")
+    parser.add_argument("source", metavar="SRC", nargs="?", help=PATH_OR_URI)
     parser.add_argument(
         "--size",
         metavar="SIZE",
