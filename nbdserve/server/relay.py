@@ -20,6 +20,10 @@ class _Way:
     """Bytes on their way from one side to the other.
 
     Only what the other side does not take at once is kept: most connections are idle.
+
+    Attributes:
+        moved: How many bytes it has taken, ever.
+        held: How many are kept for it.
     """
 
     def __init__(
@@ -34,14 +38,14 @@ class _Way:
         self._source = source
         self._sink = sink
         self._memory = memory
+        self.moved = self.held = 0
 
     async def go(self) -> None:
         """Carry bytes, and the end of the stream."""
         with suppress(OSError):  # whoever is lost, the other side sees the end
             while count := await self._receive():
                 piece = self._memory[:count]
-                sent = self._send(piece)
-                if sent < count:
+                if (sent := self._send(piece)) < count:
                     await self._send_rest(bytes(piece[sent:]))
                 await asyncio.sleep(0)  # a quick pair must not keep the loop to itself
         with suppress(OSError):
@@ -56,9 +60,12 @@ class _Way:
 
     def _send(self, piece: memoryview) -> int:
         try:
-            return self._sink.send(piece)
+            sent = self._sink.send(piece)
         except (BlockingIOError, InterruptedError):
-            return 0
+            sent = 0
+        self.moved += sent
+        self.held = len(piece) - sent
+        return sent
 
     async def _send_rest(self, data: bytes) -> None:
         rest = memoryview(data)
@@ -67,26 +74,51 @@ class _Way:
             rest = rest[self._send(rest) :]
 
 
-async def relay(
-    loop: asyncio.AbstractEventLoop,
-    client: ByteStream,
-    worker: socket.socket,
-    memory: memoryview,
-) -> None:
-    """Carry bytes both ways until the worker closes its end.
+class Relay:
+    """Carries bytes both ways until the worker closes its end.
 
-    Args:
-        loop: The running loop.
-        client: The encrypted connection; not closed here.
-        worker: Our end of a pair, not blocking; closed in the end.
-        memory: For all relays of the loop, `PIECE` bytes.
+    Attributes:
+        ended: When that is done; who does not wait for the rest cancels it.
     """
-    worker.setblocking(False)
-    to_worker = loop.create_task(_Way(loop, client, worker, memory).go())
-    try:
-        await _Way(loop, worker, client, memory).go()
-    finally:
-        to_worker.cancel()
-        with suppress(asyncio.CancelledError):
-            await to_worker
-        worker.close()
+
+    def __init__(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        client: ByteStream,
+        worker: socket.socket,
+        memory: memoryview,
+    ) -> None:
+        """Begin.
+
+        Args:
+            loop: The running loop.
+            client: The encrypted connection; not closed here.
+            worker: Our end of a pair; closed in the end.
+            memory: For all relays of the loop, `PIECE` bytes.
+        """
+        worker.setblocking(False)
+        self._loop = loop
+        self._worker = worker
+        self._requests = _Way(loop, client, worker, memory)
+        self._replies = _Way(loop, worker, client, memory)
+        self.ended = loop.create_task(self._run())
+
+    @property
+    def moved(self) -> int:
+        """How many bytes the client has taken, ever."""
+        return self._replies.moved
+
+    @property
+    def held(self) -> int:
+        """How many bytes are kept until the client takes them."""
+        return self._replies.held
+
+    async def _run(self) -> None:
+        to_worker = self._loop.create_task(self._requests.go())
+        try:
+            await self._replies.go()
+        finally:
+            to_worker.cancel()
+            with suppress(asyncio.CancelledError):
+                await to_worker
+            self._worker.close()

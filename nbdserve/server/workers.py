@@ -36,10 +36,12 @@ from nbdserve.server.channel import (
     LetGo,
     Serve,
 )
+from nbdserve.server.limits import Limits
 from nbdserve.server.line import Line
 from nbdserve.server.negotiation import Chosen
-from nbdserve.server.relay import PIECE, relay
+from nbdserve.server.relay import PIECE, Relay
 from nbdserve.server.server import Served, Server
+from nbdserve.server.stall import PeerWatch
 from nbdserve.wire.constants import TransmissionFlag
 from nbdserve.wire.handshake import ExportInfo
 
@@ -394,10 +396,11 @@ class HandedOver(Served):
         loop: asyncio.AbstractEventLoop,
         line: Line,
         chosen: Chosen,
+        limits: Limits,
         memory: memoryview,
         log: FilteringBoundLogger,
     ) -> None:
-        """`memory` is for relays, of which each loop has one."""
+        """`memory` is that of all relays."""
         if not isinstance(chosen.export, DistantExport):
             raise TypeError(f"{chosen.export.name}: is not an export of a worker")
         self.closed: asyncio.Future[str] = loop.create_future()
@@ -405,12 +408,14 @@ class HandedOver(Served):
         self._loop = loop
         self._line = line
         self._chosen = chosen
+        self._watch = PeerWatch(limits, loop.time())
         self._memory = memory
         self._log = log
         self._worker = chosen.export.place()
         self._number = self._worker.next_number()
         self._story: dict[str, int] = {}
-        self._relaying: asyncio.Task[None] | None = None
+        self._relay: Relay | None = None
+        self._reason = ""
 
     @property
     def in_flight(self) -> int:
@@ -456,9 +461,7 @@ class HandedOver(Served):
             except OSError:
                 ours.close()
                 raise
-        self._relaying = self._loop.create_task(
-            relay(self._loop, line.sock, ours, self._memory)
-        )
+        self._relay = Relay(self._loop, line.sock, ours, self._memory)
         return taken
 
     def gone(self, message: Gone) -> None:
@@ -478,24 +481,40 @@ class HandedOver(Served):
 
     def abort(self) -> None:
         """Have the connection ended at once; nothing is waited for any longer."""
-        self._worker.let_go(self._number, at_once=True)
-        if self._relaying is not None:
-            self._relaying.cancel()
-        self._end("server shutting down")
+        self._break_off("server shutting down")
 
     def end_if_stalled(self) -> None:
-        """The worker looks after that."""
+        """Close if the client does not take what it is sent.
+
+        The worker looks after everything else. It may be gone, or think that all is sent.
+        """
+        if self._relay is not None:
+            reason = self._watch.stall(
+                self._loop.time(),
+                held=self._relay.held,
+                moved=self._relay.moved,
+                memory_is_short=False,
+            )
+            if reason is not None:
+                self.blame = ProtocolError(reason)
+                self._break_off(reason)
+
+    def _break_off(self, reason: str) -> None:
+        self._worker.let_go(self._number, at_once=True)
+        if self._relay is not None:
+            self._relay.ended.cancel()
+        self._end(reason)
 
     def _end(self, reason: str) -> None:
-        relaying = self._relaying
-        if relaying is None or relaying.done():
-            self._close(reason)
-        else:  # the last replies are still on their way
-            relaying.add_done_callback(lambda _: self._close(reason))
+        self._reason = reason
+        if self._relay is None:
+            self._close()
+        else:  # the last replies may still be on their way
+            self._relay.ended.add_done_callback(self._close)
 
-    def _close(self, reason: str) -> None:
+    def _close(self, _relay: object = None) -> None:
         if not self.closed.done():
-            self.closed.set_result(reason)
+            self.closed.set_result(self._reason)
 
 
 class Front(Server):
@@ -508,4 +527,6 @@ class Front(Server):
 
     def _connect(self, line: Line, chosen: Chosen, log: FilteringBoundLogger) -> Served:
         """Prepare the handing over of a client."""
-        return HandedOver(self._loop, line, chosen, self._relay_memory, log)
+        return HandedOver(
+            self._loop, line, chosen, self._limits, self._relay_memory, log
+        )

@@ -20,6 +20,7 @@ from tests.cli.servers import TIMEOUT_S, ServeProcess, run
 from tests.helpers import tools
 from tests.helpers.certificates import make_certificates
 from tests.helpers.nbd_client import NbdClient
+from tests.helpers.tls_client import TlsClient
 
 MIB = 1 << 20
 
@@ -346,6 +347,30 @@ def test_nor_does_a_reload_that_waits_for_it(folder: Path) -> None:
         assert process.end() == 0
         assert "gave up on a reload" in process.log()
         assert "Traceback" not in process.log()
+
+
+@pytest.mark.parametrize("size", ["1", "2"])
+def test_encrypted_clients_that_do_not_read_are_let_go(folder: Path, size: str) -> None:
+    pki = make_certificates(folder)
+    words = ["--tls-certificates", str(pki.server), "--limit", "stall-timeout-s=0.5"]
+    words += ["a.qcow2", "--unix", "s", "--workers", size]
+
+    async def client() -> None:
+        async with await TlsClient.start(folder / "s", pki.clients["alice"]) as deaf:
+            await deaf.go("a", structured=False)
+            assert deaf._receiver is not None
+            deaf._receiver.cancel()
+            await asyncio.wait([deaf._receiver])
+            for number in range(16):
+                deaf.transmission.read(number * MIB, MIB)
+            await deaf.send_queued()
+            await asyncio.to_thread(process.wait_for_log, "connection closed")
+
+    with ServeProcess(*words, cwd=folder) as process:
+        process.wait_until_ready()
+        asyncio.run(client())
+        assert "no progress for" in process.log()
+        assert process.end() == 0
 
 
 def leave_descriptors(pid: int, count: int) -> None:

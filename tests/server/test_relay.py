@@ -7,7 +7,7 @@ import tracemalloc
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 
-from nbdserve.server.relay import PIECE, relay
+from nbdserve.server.relay import PIECE, Relay
 
 MIB = 1 << 20
 
@@ -22,12 +22,12 @@ async def relayed(
     for sock in (*pairs[0], *pairs[1]):
         sock.setblocking(False)
     (client, ours), (worker, other) = pairs
-    task = loop.create_task(relay(loop, ours, other, memory))
+    relay = Relay(loop, ours, other, memory)
     with client, ours, worker:
         yield client, worker
-        task.cancel()
+        relay.ended.cancel()
         with suppress(asyncio.CancelledError):
-            await task
+            await relay.ended
 
 
 async def exchange(
