@@ -361,7 +361,7 @@ async def _offer(
     """
     if crew is not None:
         export: Export = crew.export(
-            image.name, image.description, image, shared=image.reads_only
+            image.name, image.description, _disk_of(image), shared=image.reads_only
         )
     elif late:
         export = LateExport(

@@ -6,6 +6,7 @@ inherits it, so that pickle meets nothing but what it has made itself.
 """
 
 import asyncio
+import errno
 import os
 import pickle
 import socket
@@ -18,9 +19,11 @@ from nbdserve.exports.access import Access, Client
 from nbdserve.server.limits import Limits
 from nbdserve.wire.handshake import ExportInfo, Negotiated
 
-#: The kernel allows about 200 KiB; the largest message is a `Serve` with what a client
-#: has sent beyond its handshake, at most 16 KiB, and the names of its contexts.
+#: The kernel allows about 200 KiB. Most messages are small: the largest is a `Serve` with what
+#: a client has sent beyond its handshake, at most 16 KiB, and the names of its contexts.
 _LARGEST: Final = 1 << 18
+#: What the kernel needs of a send buffer for itself (unix_dgram_sendmsg).
+_OVERHEAD: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,18 +126,24 @@ class Channel:
         self._on_end = on_end
         self._queue: deque[tuple[bytes, int | None]] = deque()
         self._open = True
+        room = sock.getsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF) - _OVERHEAD
+        self._largest = min(room, _LARGEST)
         loop.add_reader(sock.fileno(), self._receive)
 
     def send(self, message: object, fd: int | None = None) -> None:
         """Send a message; a duplicate of `fd` goes with it, so it may be closed at once.
 
         Raises:
-            OSError: There is no descriptor for the duplicate; nothing was sent.
+            OSError: There is no descriptor for the duplicate, or the message is too long;
+                nothing was sent.
         """
         if not self._open:
             return
+        data = pickle.dumps(message)
+        if len(data) > self._largest:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
         kept = None if fd is None else os.dup(fd)
-        self._queue.append((pickle.dumps(message), kept))
+        self._queue.append((data, kept))
         if len(self._queue) == 1:
             self._send()
 

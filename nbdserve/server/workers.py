@@ -152,9 +152,15 @@ class Worker:
         await self._running.wait()
         number = next(self._numbers)
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._calls[number] = (what, export, answer)
         image = export.image if what == "open" else None
-        self._channel.send(Call(number, what, export.name, image))
+        try:
+            self._channel.send(Call(number, what, export.name, image))
+        except OSError as error:
+            raise ImageError(
+                f"the export {export.name!r}: what is configured for it does not fit"
+                f" into a message to a worker: {error.strerror}"
+            ) from error
+        self._calls[number] = (what, export, answer)
         await answer
 
     def serve(self, client: "HandedOver", message: Serve, fd: int) -> bool:
@@ -285,7 +291,8 @@ class Crew:
         Args:
             name: The export's.
             description: The same.
-            image: The configuration of the image, for the worker.
+            image: The configuration of the image, for the worker: what is the same for all
+                clients.
             shared: Whether every worker may have it open, as nobody writes.
         """
         if shared:

@@ -237,6 +237,35 @@ def test_hangup_changes_what_workers_serve(folder: Path) -> None:
         qemu_io(folder, "c", "write 0 64k", "flush")
 
 
+def test_what_does_not_fit_into_a_message_is_nobody_elses_trouble(
+    folder: Path,
+) -> None:
+    config = folder / "nbdserve.toml"
+    networks = [f"10.{n >> 8}.{n & 255}.0/24" for n in range(20_000)]
+    config.write_text(
+        '[[export]]\npath = "a.qcow2"\n'
+        f'[[export.access]]\nallow = "read-only"\nnetwork = {json.dumps(networks)}\n'
+        '[[export.access]]\nallow = "read-write"\n'
+    )
+    folders = [f"/{'x' * 4000}/{n}" for n in range(60)]
+    with serving(folder, "--config", "nbdserve.toml") as process:
+
+        async def client() -> None:
+            async with await NbdClient.connect_unix(folder / "s") as stays:
+                await stays.go("a")
+                with config.open("a") as more:
+                    for name in ("b", "c"):  # in the same worker, and in the other one
+                        more.write(f'[[export]]\npath = "{name}.qcow2"\n')
+                        more.write(f"allow-backing = {json.dumps(folders)}\n")
+                os.kill(process.pid, signal.SIGHUP)
+                await asyncio.to_thread(process.wait_for_log, "reloaded")
+                await stays.write(0, b"x" * 512)
+
+        asyncio.run(client())
+        assert "the export 'b': what is configured for it does not fit" in process.log()
+        assert "a worker has ended" not in process.log()
+
+
 def test_workers_close_their_images_when_the_first_process_is_killed(
     folder: Path,
 ) -> None:
