@@ -28,7 +28,6 @@ MODULES = (
     "formats/mapped/geometry",
     "formats/mapped/inflate",
     "formats/mapped/lend",
-    "formats/mapped/loans",
     "formats/mapped/mapping",
     "formats/mapped/pieces",
     "formats/mapped/read",

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from errno import EINVAL, ENOTSUP
 
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.loan import Piece
 from nbdserve.errors import RequestError
 
 #: A range of a read buffer that is a hole: offset within the buffer, length.
@@ -81,16 +81,16 @@ class BlockDevice(ABC):
             They are filled with zeros all the same.
         """
 
-    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+    def lend(self, offset: int, length: int) -> Sequence[Piece] | None:
         """Lend the bytes of a range instead of copying them; see `loan.py`.
 
         Args:
             offset: Bytes; the range is on the disk.
             length: Bytes.
-            for_good: Whether only a loan will do that need not be given back.
 
         Returns:
-            None unless all of it is plain data in the page cache: then read it.
+            Where they lie, in order; None unless all of it is plain data in the page
+            cache: then read it.
         """
         return None
 

@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.loan import Piece
 from nbdserve.block.zeros import clear, zeros
 from nbdserve.errors import ConfigError, RequestError
 from nbdserve.formats.preallocation import write_zeros
@@ -60,16 +60,17 @@ class RawImage(BlockDevice):
             await self._storage.read(offset, buffer)
         return ()
 
-    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+    def lend(self, offset: int, length: int) -> Sequence[Piece] | None:
         """Lend the file's own pages: what is written there is the guest's."""
-        if not self._storage.is_cached(offset, length):
+        if offset + length > self.size or not self._storage.is_cached(offset, length):
             return None
-        return Loan([(self._storage, offset, length)])
+        return [(self._storage, offset, length)]
 
     def place(self, offset: int, length: int) -> Piece | None:
         """Say the file itself, as long as writing to it is quick."""
         unfit = self.read_only or self._sync_failed or self._writethrough
-        if unfit or not self._storage.takes_pipes():
+        past = offset + length > self.size
+        if unfit or past or not self._storage.takes_pipes():
             return None
         return self._storage, offset, length
 

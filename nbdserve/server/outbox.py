@@ -9,14 +9,12 @@ the arena goes on behind them or in another buffer.
 
 import asyncio
 import errno
-import fcntl
 import socket
-import struct
 from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Final
 
-from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.loan import Piece
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import Buffer, BufferPool
 from nbdserve.server.tls import ByteStream
@@ -35,12 +33,6 @@ _BYTES_PER_CALL: Final = 1 << 20
 #: The same while other clients are there: 30 us. For TLS it stays the same, because what was
 #: refused once has to be offered again as a whole.
 _BYTES_PER_SHORT_CALL: Final = 128 << 10
-#: How often to ask how much the peer has taken of what was lent.
-_COLLECT_S: Final = 0.05
-#: asm-generic/sockios.h: bytes that a socket has sent and its peer has not taken.
-_SIOCOUTQ: Final = 0x5411
-_INT: Final = struct.Struct("=i")
-_NOTHING: Final = bytes(4)
 
 
 class Arena:
@@ -81,15 +73,11 @@ class Outbox:
         bytes_unblocked: How many bytes were sent that had to wait for the peer, ever.
         lost: Why nothing can be sent any longer, if so.
         may_borrow: Whether bytes that a disk lends can be sent.
-        for_good: Whether only loans can be taken that need not be given back.
         crowded: Whether others wait for every call that takes long (see `company.py`).
     """
 
     __slots__ = (
-        "_borrowed",
         "_budget",
-        "_bytes_sent",
-        "_collecting",
         "_flush_scheduled",
         "_loop",
         "_on_drained",
@@ -100,7 +88,6 @@ class Outbox:
         "blocked",
         "bytes_unblocked",
         "crowded",
-        "for_good",
         "lost",
         "may_borrow",
     )
@@ -125,16 +112,8 @@ class Outbox:
         self.blocked = False
         self.bytes_unblocked = 0
         self.lost: OSError | None = None
-        # Only bytes in a socket of our own kind can be lent. TCP does not tell when the
-        # peer has taken them: over loopback it refers to the pages after their ACK too.
-        self.may_borrow = isinstance(sock, socket.socket)
+        self.may_borrow = isinstance(sock, socket.socket)  # what is encrypted is copied
         self.crowded = False
-        self.for_good = (
-            not isinstance(sock, socket.socket) or sock.family != socket.AF_UNIX
-        )
-        self._bytes_sent = 0
-        self._borrowed: deque[tuple[int, Callable[[], None]]] = deque()
-        self._collecting: asyncio.TimerHandle | None = None
 
     @property
     def empty(self) -> bool:
@@ -271,7 +250,6 @@ class Outbox:
             except OSError as error:
                 self._lose(error)
                 sent = end - start
-            self._bytes_sent += sent
             if sent < end - start:
                 self._run_start = start + sent
                 self._end_run()
@@ -282,24 +260,18 @@ class Outbox:
 
     # Loans
 
-    def send_loan(self, loan: Loan) -> None:
+    def send_lent(self, pieces: Sequence[Piece]) -> None:
         """Send what precedes in this turn, then bytes that a disk has lent.
 
-        Nothing may be queued. What the kernel does not take now is copied: a loan
+        Nothing may be queued. What the kernel does not take now is copied: what is lent
         never waits for a peer that does not read.
         """
         self.flush()
-        rest: Sequence[Piece] = loan.pieces
+        rest = pieces
         if not self._queue and self.lost is None:
-            rest = self._send_pieces(loan.pieces)
+            rest = self._send_pieces(pieces)
         if rest and self.lost is None:
             self._copy_pieces(rest)
-        if loan.give_back is not None:
-            self._borrowed.append((self._bytes_sent, loan.give_back))
-            if self.lost is not None:
-                self._return_all()
-            elif self._collecting is None:
-                self._collecting = self._loop.call_later(_COLLECT_S, self._collect)
 
     def _send_pieces(self, pieces: Sequence[Piece]) -> Sequence[Piece]:
         """Send lent bytes; return those that the kernel did not take."""
@@ -317,7 +289,6 @@ class Outbox:
                 if not sent:
                     rest = (storage, position, end - position)
                     return (rest, *pieces[number + 1 :])
-                self._bytes_sent += sent
                 position += sent
         return ()
 
@@ -337,24 +308,6 @@ class Outbox:
             return
         self._enqueue(buffer.view, [(0, length)], buffer)
         self._block()
-
-    def _collect(self) -> None:
-        """Give back what the peer has taken."""
-        self._collecting = None
-        borrowed = self._borrowed
-        # A Unix socket counts the kernel's bookkeeping too, so this is never too early.
-        unread = _INT.unpack(fcntl.ioctl(self._socket.fileno(), _SIOCOUTQ, _NOTHING))[0]
-        while borrowed and borrowed[0][0] <= self._bytes_sent - unread:
-            borrowed.popleft()[1]()
-        if borrowed:
-            self._collecting = self._loop.call_later(_COLLECT_S, self._collect)
-
-    def _return_all(self) -> None:
-        if self._collecting is not None:
-            self._collecting.cancel()
-            self._collecting = None
-        while self._borrowed:
-            self._borrowed.popleft()[1]()
 
     def _flush_soon(self) -> None:
         """Send what was queued once all that is ready now has been queued too."""
@@ -395,7 +348,6 @@ class Outbox:
     def _sent(self, sent: int) -> None:
         """Take `sent` bytes off the queue."""
         queue = self._queue
-        self._bytes_sent += sent
         self._budget.give_back(sent)
         self.bytes_unblocked += sent
         while sent:
@@ -435,7 +387,6 @@ class Outbox:
         if self.lost is None:
             self.lost = OSError(errno.ESHUTDOWN, "connection closed")
         self._unblock()
-        self._return_all()
         while self._queue:
             piece, buffer = self._queue.popleft()
             self._budget.give_back(len(piece))

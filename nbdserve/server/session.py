@@ -299,8 +299,8 @@ class Session:
             return False
         if length > _MOST_BORROWED_IN_COMPANY and self.crowded:
             return False
-        loan = self._device.lend(offset, length, for_good=outbox.for_good)
-        if loan is None:
+        lent = self._device.lend(offset, length)
+        if lent is None:
             return False
         room = outbox.reserve(self._read_header)
         start = room.position - self._read_header
@@ -308,7 +308,7 @@ class Session:
             self._put_data_header(room.view, start, cookie, offset, length, done=True)
         else:
             _put_simple(room.view, start, SIMPLE_REPLY_MAGIC, 0, cookie)
-        outbox.send_loan(loan)
+        outbox.send_lent(lent)
         self.counters.bytes_read += length
         return True
 

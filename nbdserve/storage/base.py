@@ -167,6 +167,28 @@ class Storage(ABC):
         """
         raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP), self.name)
 
+    def lent(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Return the regions (offset, length) of which `send` may have handed out pages.
+
+        They overlap the range, and may begin before it and end behind it.
+        """
+        return []
+
+    async def recall(self, offset: int, length: int) -> None:  # noqa: B027 -- none are lent
+        """Let the page cache forget a region that `lent` has named.
+
+        Pages to which somebody refers stay, and so do those that were not written back.
+        """
+
+    def any_cached(self, offset: int, length: int) -> bool:
+        """Return whether any page of a range is in the page cache, as far as is known."""
+        return False
+
+    @property
+    def can_recall(self) -> bool:
+        """Whether `recall` can succeed."""
+        return False
+
     def read_now(self, offset: int, view: memoryview) -> None:
         """Fill `view`, waiting for the device if need be: for what is most likely cached."""
         raise OSError(EOPNOTSUPP, os.strerror(EOPNOTSUPP), self.name)

@@ -22,6 +22,7 @@ from nbdserve.storage import locks, uring
 from nbdserve.storage.base import Buffer, Storage
 from nbdserve.storage.descriptors import open_descriptor
 from nbdserve.storage.executor import Call, run
+from nbdserve.storage.lent import Lent, can_recall
 from nbdserve.storage.names import shown
 from nbdserve.storage.pace import STALL_S, Pace
 from nbdserve.storage.residency import Residency
@@ -152,6 +153,7 @@ class FileStorage(Storage):
         self._refused_modes: set[int] = set()
         self._can_map = self._can_splice = True
         self._residency = Residency()
+        self._lent = Lent(self.identity)
 
     @property
     def size(self) -> int:
@@ -252,7 +254,29 @@ class FileStorage(Storage):
 
     def send(self, socket_fd: int, offset: int, length: int) -> int:
         """Hand cached bytes to a socket by sendfile."""
+        self._lent.add(offset, length)
         return os.sendfile(socket_fd, self._fd, offset, length)
+
+    def lent(self, offset: int, length: int) -> list[tuple[int, int]]:
+        """Return what this process has sent of that file, ever."""
+        return self._lent.within(offset, length)
+
+    async def recall(self, offset: int, length: int) -> None:
+        """Ask by posix_fadvise, which leaves pages that somebody refers to."""
+        await self._in_thread(
+            os.posix_fadvise, self._fd, offset, length, os.POSIX_FADV_DONTNEED
+        )
+        if not self.any_cached(offset, length):
+            self._lent.settle(offset)
+
+    def any_cached(self, offset: int, length: int) -> bool:
+        """Ask the kernel."""
+        return self._residency.pages_cached(self._fd, offset, length) > 0
+
+    @property
+    def can_recall(self) -> bool:
+        """Whether the file is on a disk, and not in the page cache alone."""
+        return can_recall(self._fd)
 
     def read_now(self, offset: int, view: memoryview) -> None:
         """Fill `view` on the loop."""

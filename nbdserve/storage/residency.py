@@ -2,11 +2,12 @@
 
 import ctypes
 import errno
+import mmap
 from typing import Final
 
 #: The number is the same on all architectures that have the call.
 _CACHESTAT: Final = 451
-_PAGE: Final = 4096
+_PAGE: Final = mmap.PAGESIZE
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -39,10 +40,15 @@ class Residency:
 
     def is_cached(self, fd: int, offset: int, length: int) -> bool:
         """Return whether all pages of a range are in the page cache; 1 us for 1 MiB."""
+        pages = -(-(offset + length) // _PAGE) - offset // _PAGE
+        return self.pages_cached(fd, offset, length) == pages
+
+    def pages_cached(self, fd: int, offset: int, length: int) -> int:
+        """Return how many pages of a range are in the page cache; 0 if nobody knows."""
         if not self._known:
-            return False
+            return 0
         start = offset & -_PAGE
-        pages = (offset + length - start + _PAGE - 1) // _PAGE
+        pages = -(-(offset + length) // _PAGE) - offset // _PAGE
         self._range.off = start
         self._range.len = pages * _PAGE
         if _libc.syscall(
@@ -54,5 +60,5 @@ class Residency:
         ):
             # older kernels, file systems that hide it, and sandboxes
             self._known = ctypes.get_errno() == errno.EINTR
-            return False
-        return bool(self._statistics.nr_cache >= pages)
+            return 0
+        return int(self._statistics.nr_cache)

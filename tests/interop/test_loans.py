@@ -1,8 +1,11 @@
 """Large reads, which are answered from the page cache without copying."""
 
 import asyncio
+import contextlib
 import fcntl
+import os
 import random
+import socket
 import struct
 import termios
 from collections.abc import Callable
@@ -10,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.wire.constants import REQUEST_MAGIC, Command
+from nbdserve.wire.requests import REQUEST
 from tests.helpers.images import fill_pattern
 from tests.helpers.nbd_client import NbdClient
-from tests.helpers.servers import Server, nbdserve
+from tests.helpers.servers import NBDSERVE, Server, nbdserve
 from tests.helpers.tools import run
 
 MIB = 1 << 20
@@ -144,6 +149,124 @@ async def test_what_a_client_has_not_read_yet_is_never_overwritten_with_other_da
         reader.sock.close()
         await writer.close()
     run("qemu-img", "check", image)
+
+
+@pytest.mark.parametrize(("transport", "then"), [
+    ("unix", "waits"),
+    ("unix", "says goodbye"),
+    ("unix", "half-closes"),
+    ("unix", "splices"),
+    ("unix", "is served anew"),
+    ("unix", "is compacted"),
+    ("tcp", "waits"),
+    ("tcp", "splices"),
+])  # fmt: skip
+async def test_a_reply_that_is_read_late_has_no_other_data(
+    transport: str, then: str, tmp_path: Path
+) -> None:
+    """Half of what it has is discarded while its neighbours are written, and used again.
+
+    The kernel can't take those pages out of a large folio of the page cache that is dirty
+    and to which the socket refers, so what is written there next would be in the reply.
+    """
+    image = tmp_path / "disk.qcow2"
+    run("qemu-img", "create", "-q", "-f", "qcow2", image, "1G")
+    control = tmp_path / "control"
+    ctl: list[str | Path] = [*NBDSERVE, "ctl", "--control", control]
+    with nbdserve(image, tmp_path, options=("--control", str(control))) as server:
+        writer, hammer = [await _connected(server, "unix") for _ in range(2)]
+        for client in (writer, hammer):
+            await client.go("disk")
+        for offset in range(0, 8 * MIB, MIB):
+            await writer.write(offset, b"A" * MIB)
+        await writer.flush()
+        reply = await _Late.ask(await _connected(server, transport))
+        if then == "is served anew":
+            run(*ctl, "reopen", "disk")
+        await reply.treat(then)
+
+        async def write_beside() -> None:
+            while True:
+                for cluster in range(1, 16, 2):
+                    await hammer.write(cluster << 16, b"A" * 4096)
+
+        beside = asyncio.create_task(write_beside())
+        await asyncio.sleep(0.1)
+        for cluster in range(0, 16, 2):
+            await writer.trim(cluster << 16, 1 << 16)
+        await writer.flush()
+        if then == "is compacted":
+            run(*ctl, "compact", "disk")
+        await asyncio.sleep(0.2)
+        await writer.flush()
+        beside.cancel()
+        await asyncio.wait([beside])
+        for offset in range(64 * MIB, 140 * MIB, MIB):
+            await writer.write(offset, b"B" * MIB)
+        data = await reply.rest()
+        assert data.count(b"A") + data.count(0) == MIB
+        assert data.count(b"A") >= HALF, "what was not discarded is still there"
+        await writer.close()
+        await hammer.close()
+    run("qemu-img", "check", image)
+
+
+def _request(command: Command, length: int) -> bytes:
+    return REQUEST.pack(REQUEST_MAGIC, 0, command, 7, 0, length)
+
+
+class _Late:
+    """The reply to a read of 1 MiB, which is not read for a while."""
+
+    def __init__(self, client: NbdClient) -> None:
+        self._client = client
+        self._pipe: tuple[int, int] | None = None
+        self._spliced = 0
+
+    @classmethod
+    async def ask(cls, client: NbdClient) -> "_Late":
+        """Ask for it, and wait until the client's socket has some of it."""
+        await client.go("disk", structured=False)
+        assert client._receiver is not None
+        client._receiver.cancel()
+        await asyncio.wait([client._receiver])
+        await client._send_raw(_request(Command.READ, MIB))
+        for _ in range(1000):
+            if _unread(client) > 60_000:
+                break
+            await asyncio.sleep(0.01)
+        return cls(client)
+
+    async def treat(self, then: str) -> None:
+        if then == "says goodbye":
+            await self._client._send_raw(_request(Command.DISC, 0))
+        elif then == "half-closes":
+            self._client.sock.shutdown(socket.SHUT_WR)
+        elif then == "splices":
+            self._splice()
+
+    def _splice(self) -> None:
+        """Let a pipe have what the socket has, as some proxies do."""
+        self._pipe = os.pipe()
+        fcntl.fcntl(self._pipe[1], fcntl.F_SETPIPE_SZ, MIB)
+        source, target = self._client.sock.fileno(), self._pipe[1]
+        flags = os.SPLICE_F_NONBLOCK
+        with contextlib.suppress(BlockingIOError):
+            while moved := os.splice(source, target, MIB, flags=flags):
+                self._spliced += moved
+        assert self._spliced
+
+    async def rest(self) -> bytes:
+        """Read it, and close the connection."""
+        reply = b""
+        if self._pipe is not None:
+            while len(reply) < self._spliced:
+                reply += os.read(self._pipe[0], self._spliced)
+            for end in self._pipe:
+                os.close(end)
+        reply += await _exactly(self._client, 16 + MIB - len(reply))
+        self._client.sock.close()
+        return reply[16:]
 
 
 def _unread(client: NbdClient) -> int:

@@ -11,7 +11,7 @@ from typing import Any
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.loan import Piece
 
 
 class DirtyTracking(BlockDevice):
@@ -70,9 +70,9 @@ class DirtyTracking(BlockDevice):
         """Read from the disk below."""
         return self._device.read_into(offset, buffer)
 
-    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+    def lend(self, offset: int, length: int) -> Sequence[Piece] | None:
         """Lend from the disk below."""
-        return self._device.lend(offset, length, for_good=for_good)
+        return self._device.lend(offset, length)
 
     def place(self, offset: int, length: int) -> Piece | None:
         """Ask the disk below, and mark what may be put there."""

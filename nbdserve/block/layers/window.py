@@ -9,7 +9,7 @@ from typing import Any
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.loan import Piece
 from nbdserve.errors import ConfigError
 
 
@@ -73,9 +73,9 @@ class Window(BlockDevice):
         self.require_range(offset, len(buffer))
         return self._device.read_into(self._offset + offset, buffer)
 
-    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+    def lend(self, offset: int, length: int) -> Sequence[Piece] | None:
         """Lend from the disk below."""
-        return self._device.lend(self._offset + offset, length, for_good=for_good)
+        return self._device.lend(self._offset + offset, length)
 
     def place(self, offset: int, length: int) -> Piece | None:
         """Ask the disk below."""

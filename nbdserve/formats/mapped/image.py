@@ -7,7 +7,7 @@ from typing import Any, Protocol
 
 from nbdserve.block.device import BlockDevice, Hole
 from nbdserve.block.extents import Extent
-from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.loan import Piece
 from nbdserve.errors import RequestError
 from nbdserve.formats.crypto.luks import SECTOR
 from nbdserve.formats.mapped.allocator import Allocator
@@ -72,8 +72,7 @@ class MappedImage(BlockDevice):
         self._reads: Reader | SectorReader = (
             SectorReader(reader) if encrypted else reader
         )
-        loans = space.pool.loans if space is not None else None
-        self._lender = Lender(parts, self._mapping, loans)
+        self._lender = Lender(parts, self._mapping, read_only=self.read_only)
         if space is not None:
             commit = space.commit
             commit.on_release(space.pool.release)
@@ -102,9 +101,9 @@ class MappedImage(BlockDevice):
             self.require_range(offset, len(buffer))
         return self._reads.read_into(offset, buffer)
 
-    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+    def lend(self, offset: int, length: int) -> Sequence[Piece] | None:
         """See `BlockDevice.lend`."""
-        return self._lender.lend(offset, length, for_good=for_good)
+        return self._lender.lend(offset, length)
 
     def write(
         self, offset: int, data: Buffer, *, fua: bool = False

@@ -1,10 +1,11 @@
 """Lending host clusters to sockets, where a range is plain data in the page cache."""
 
+from collections.abc import Sequence
+from mmap import PAGESIZE
 from typing import Final
 
-from nbdserve.block.loan import Loan, Piece
+from nbdserve.block.loan import Piece
 from nbdserve.formats.mapped.entries import NORMAL, UNALLOCATED
-from nbdserve.formats.mapped.loans import Loans
 from nbdserve.formats.mapped.mapping import Mapping
 from nbdserve.formats.mapped.parts import Parts
 
@@ -15,20 +16,21 @@ _MOST_PIECES: Final = 32
 class Lender:
     """Lends guest ranges of one image."""
 
-    def __init__(self, parts: Parts, mapping: Mapping, loans: Loans | None) -> None:
-        """`loans` is None for an image that is read-only: then nothing is used again."""
+    def __init__(self, parts: Parts, mapping: Mapping, *, read_only: bool) -> None:
+        """Clusters of an image that is written to have to be recalled one by one."""
         self._data = parts.data
-        self._encrypted = parts.cipher is not None
         self._backing = parts.backing
         self._mapping = mapping
-        self._loans = loans
+        self._can_lend = parts.cipher is None and (
+            read_only
+            or (parts.data.can_recall and parts.geometry.cluster_size >= PAGESIZE)
+        )
 
-    def lend(self, offset: int, length: int, *, for_good: bool) -> Loan | None:
+    def lend(self, offset: int, length: int) -> Sequence[Piece] | None:
         """See `BlockDevice.lend`."""
-        if self._encrypted or (for_good and self._loans is not None):
+        if not self._can_lend:
             return None
         pieces: list[Piece] = []
-        places: list[tuple[int, int]] = []
         position, end = offset, offset + length
         while position < end:
             run = self._mapping.known_run(position, end)
@@ -38,13 +40,10 @@ class Lender:
                 if not self._data.is_cached(run.host_offset, run.length):
                     return None
                 pieces.append((self._data, run.host_offset, run.length))
-                places.append((run.host_offset, run.length))
             elif not self._lend_below(run.kind, position, run.length, pieces):
                 return None
             position += run.length
-        if self._loans is None or not places:
-            return Loan(pieces)
-        return Loan(pieces, self._loans.lend(places))
+        return pieces
 
     def _lend_below(
         self, kind: int, offset: int, length: int, pieces: list[Piece]
@@ -53,8 +52,8 @@ class Lender:
         backing = self._backing
         if kind != UNALLOCATED or backing is None or offset + length > backing.size:
             return False
-        loan = backing.lend(offset, length, for_good=True)
-        if loan is None:
+        lent = backing.lend(offset, length)
+        if lent is None:
             return False
-        pieces += loan.pieces
+        pieces += lent
         return True

@@ -15,6 +15,7 @@ A clean close gives the rest of the pool back; a crash leaks it at most.
 import asyncio
 import time
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from dataclasses import dataclass
 from errno import EFBIG, ENOSPC, EOPNOTSUPP
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -22,7 +23,6 @@ from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
 from nbdserve.errors import ImageCorruptError
 from nbdserve.formats.mapped.commit import Freed
 from nbdserve.formats.mapped.free_runs import FreeRuns
-from nbdserve.formats.mapped.loans import Loans
 from nbdserve.storage.base import Storage
 
 if TYPE_CHECKING:
@@ -42,8 +42,13 @@ _SECTOR: Final = 512
 #: More ranges than this are cheaper to make durable by a barrier.
 _MOST_RANGES: Final = 8
 
+#: Punches, of 15 us or more each, between two turns of the loop.
+_PUNCHES: Final = 32
+
 #: A range of the file that was written: offset and length in bytes.
 Written = tuple[int, int]
+#: Neighbouring clusters: the number of the first one, and how many.
+Clusters = tuple[int, int]
 
 
 class Durability(Protocol):
@@ -87,7 +92,6 @@ class Pool(ABC):
             L2 tables: neither data nor an L2 table may ever be written there.
         tables: Numbers of the clusters that hold L2 tables of the active disk.
         on_damage: Called if refcounts and entries are found to contradict each other.
-        loans: Clusters that sockets refer to.
     """
 
     def __init__(
@@ -109,7 +113,7 @@ class Pool(ABC):
         self._end = end
         self._runs: list[_Run] = []
         self._free = FreeRuns()
-        # free, but their old bytes could not be punched so far
+        # free, but lent, or their old bytes could not be punched so far
         self._unpunched: list[tuple[int, int]] = []
         self._lock = asyncio.Lock()
         self._refilling: asyncio.Task[None] | None = None
@@ -117,9 +121,6 @@ class Pool(ABC):
         self._bytes = FIRST_RESERVATION
         self._refilled_at = 0.0
         self._soft = False
-        self.loans = Loans(cluster_bits)
-        self.loans.on_returned(self._start_return)
-        self._returning: asyncio.Task[None] | None = None
 
     # -- what the format does
 
@@ -256,6 +257,8 @@ class Pool(ABC):
             found: list[tuple[int, int]] = []
             end = self._end
             try:
+                if self._unpunched:
+                    await self._reuse([])
                 await self._find(found, wanted, contiguous)
                 new = found == [(end, found[0][1])] and not self._storage.fixed_size
                 tail = await self._put_tail(*found[0]) if new else None
@@ -304,8 +307,10 @@ class Pool(ABC):
         found += self._free.take(wanted, contiguous)
         missing = wanted - sum(count for _, count in found)
         if missing > 0:
-            for start, count in await self._old_holes(missing, found + self._unused()):
+            holes = await self._old_holes(missing, found + self._unused())
+            for start, count in holes:
                 self._require_no_metadata(start, count)
+            for start, count in await self._recall(holes):
                 # Not in `found` before: what is given back from there counts as zeros.
                 await self._zero(start, count)
                 found.append((start, count))
@@ -317,7 +322,7 @@ class Pool(ABC):
 
     def _unused(self) -> list[tuple[int, int]]:
         """Return the runs that we know nobody refers to, whether free by now or not."""
-        return self._free.runs() + self._unpunched + self.loans.withheld
+        return self._free.runs() + self._unpunched
 
     async def _grow(self, count: int, contiguous: int) -> tuple[int, int]:
         """Take clusters past the end of everything in use, extending the file."""
@@ -394,35 +399,61 @@ class Pool(ABC):
         async with self._lock:
             await self._reuse(await self._unreserve(self._clusters(freed)))
 
-    async def _reuse(self, runs: list[tuple[int, int]]) -> None:
+    async def _reuse(self, runs: list[Clusters]) -> None:
         """Punch clusters that nobody refers to, and keep them for the next reservation.
 
         Those that are lent, or can't be punched, stay out of use until that has changed.
         """
         waiting, self._unpunched = self._unpunched + runs, []
-        free = [run for each in waiting for run in self.loans.withhold(*each)]
-        for run in free:
+        for number, run in enumerate(await self._recall(waiting), 1):
             try:
                 await self._zero(*run)
             except OSError:
                 self._unpunched.append(run)
             else:
                 self._keep_free(*run)
+            if not number % _PUNCHES:
+                await asyncio.sleep(0)
 
-    def _start_return(self) -> None:
-        if self._returning is None:
-            task = asyncio.get_running_loop().create_task(self._take_returned())
-            self._returning = task
-            task.add_done_callback(self._return_ended)
+    async def _recall(self, runs: list[Clusters]) -> list[Clusters]:
+        """Return what of some runs can be punched and written to; keep the rest for later.
 
-    def _return_ended(self, _: asyncio.Task[None]) -> None:
-        self._returning = None
+        A client may not have read yet what sendfile put into its socket (`block/loan.py`).
+        """
+        regions: dict[Written, list[Clusters]] = {}
+        unlent: list[Clusters] = []
+        bits = self._cluster_bits
+        for start, count in runs:
+            position, end = start, start + count
+            for region in self._storage.lent(start << bits, count << bits):
+                first = max(region[0] >> bits, start)
+                stop = min(sum(region) >> bits, end)
+                if first > position:
+                    unlent.append((position, first - position))
+                regions.setdefault(region, []).append((first, stop - first))
+                position = stop
+            if position < end:
+                unlent.append((position, end - position))
+        if regions:
+            try:
+                await self._persist(self._within_file(regions))
+            except OSError:  # `Durability` remembers: this was the last change
+                self._unpunched += [run for lent in regions.values() for run in lent]
+                return unlent
+        for region, lent in regions.items():
+            await self._storage.recall(*region)
+            for start, count in lent:
+                lent_still = self._storage.any_cached(start << bits, count << bits)
+                (self._unpunched if lent_still else unlent).append((start, count))
+        return unlent
 
-    async def _take_returned(self) -> None:
-        """Let clusters be used again that were lent when they became free."""
-        async with self._lock:
-            withheld, self.loans.withheld = self.loans.withheld, []
-            await self._reuse(withheld)
+    def _within_file(self, ranges: Iterable[Written]) -> list[Written]:
+        size = self._storage.size
+        return [
+            (offset, min(length, size - offset))
+            for offset, length in ranges
+            if offset < size
+        ]
 
     def _clusters(self, freed: list[Freed]) -> list[tuple[int, int]]:
         """Return byte extents as runs of clusters, neighbours joined."""
@@ -448,10 +479,10 @@ class Pool(ABC):
         Raises:
             OSError: It could not be done; at worst clusters are leaked.
         """
-        for task in (self._refilling, self._returning):
-            if task is not None:
-                await asyncio.wait([task])
+        if self._refilling is not None:
+            await asyncio.wait([self._refilling])
         async with self._lock:
+            await self._reuse([])
             runs, self._runs = self._runs, []
             reserved = [(run.start, run.count) for run in runs]
             for free in await self._unreserve(reserved):

@@ -145,15 +145,16 @@ class CompactingPool(RefcountedPool):
             first, last = max(start, low), min(start + count, self._end)
             if first < last:
                 usage[first - low : last - low] = b"\1" * (last - first)
+        holes: list[tuple[int, int]] = []
         position = usage.find(0)
         while position >= 0:
             stop = usage.find(1, position)
             end = len(usage) if stop < 0 else stop
             start, count = low + position, end - position
             self._require_no_metadata(start, count)
-            await self._zero(start, count)
-            self._keep_free(start, count)
+            holes.append((start, count))
             position = usage.find(0, end)
+        await self._reuse(holes)
 
     async def _find(
         self, found: list[tuple[int, int]], wanted: int, contiguous: int
@@ -180,8 +181,10 @@ class CompactingPool(RefcountedPool):
         found += self._free.take(wanted, contiguous, ceiling)
         missing = wanted - sum(count for _, count in found)
         while missing > 0 and self._searched < len(self._table):
-            for start, count in await self._old_holes(missing, found + self._unused()):
+            holes = await self._old_holes(missing, found + self._unused())
+            for start, count in holes:
                 self._require_no_metadata(start, count)
+            for start, count in await self._recall(holes):
                 await self._zero(start, count)
                 found.append((start, count))
                 missing -= count

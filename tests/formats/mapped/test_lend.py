@@ -1,10 +1,11 @@
 """What an image lends instead of copying."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
 
-from nbdserve.block.loan import Loan
+from nbdserve.block.loan import Piece
 from nbdserve.formats.mapped.image import MappedImage
 from nbdserve.formats.open import open_image
 from tests.helpers.tools import run
@@ -29,22 +30,20 @@ async def opened(path: Path, *, read_only: bool = False) -> MappedImage:
     return image
 
 
-def lent(
-    image: MappedImage, offset: int, length: int, *files: Path, for_good: bool = False
-) -> Loan:
+def lent(image: MappedImage, offset: int, length: int, *files: Path) -> Sequence[Piece]:
     """Borrow a range; the kernel may take pages out of its cache at any moment."""
     for _ in range(100):
         for file in files:
             file.read_bytes()
-        loan = image.lend(offset, length, for_good=for_good)
-        if loan is not None:
-            return loan
+        pieces = image.lend(offset, length)
+        if pieces is not None:
+            return pieces
     raise AssertionError("nothing was lent")
 
 
-def content_of(loan: Loan) -> bytes:
+def content_of(pieces: Sequence[Piece]) -> bytes:
     result = b""
-    for storage, offset, length in loan.pieces:
+    for storage, offset, length in pieces:
         data = bytearray(length)
         storage.read_now(offset, memoryview(data))
         result += data
@@ -55,16 +54,11 @@ def content_of(loan: Loan) -> bytes:
 async def test_plain_data_in_memory_is_lent(base: Path, read_only: bool) -> None:
     image = await opened(base, read_only=read_only)
     # A table has to be in memory: a loan never waits.
-    assert image.lend(0, MIB, for_good=read_only) is None
+    assert image.lend(0, MIB) is None
     await image.read(0, 1)
     for offset, length in ((0, SIZE), (1, 65536), (3 * MIB - 5, MIB)):
-        loan = lent(image, offset, length, base, for_good=read_only)
-        assert content_of(loan) == CONTENT[offset : offset + length]
-        assert (loan.give_back is None) is read_only
-        if loan.give_back is not None:
-            loan.give_back()
-    if not read_only:
-        assert image.lend(0, MIB, for_good=True) is None
+        pieces = lent(image, offset, length, base)
+        assert content_of(pieces) == CONTENT[offset : offset + length]
     await image.close()
 
 
@@ -74,13 +68,11 @@ async def test_backing_files_lend(base: Path, tmp_path: Path) -> None:
     run("qemu-io", "-f", "qcow2", "-c", "write -P 3 1M 64k", overlay)
     image = await opened(overlay)
     await image.read(0, SIZE)
-    loan = lent(image, MIB - 7, 100_000, base, overlay)
+    pieces = lent(image, MIB - 7, 100_000, base, overlay)
     wanted = CONTENT[MIB - 7 : MIB] + b"\3" * 65536 + CONTENT[MIB + 65536 :]
-    assert content_of(loan) == wanted[:100_000]
-    assert loan.give_back is not None
-    loan.give_back()
+    assert content_of(pieces) == wanted[:100_000]
     # past the end of the backing file there are zeros
-    assert image.lend(SIZE - 1, 2, for_good=False) is None
+    assert image.lend(SIZE - 1, 2) is None
     await image.close()
 
 
@@ -93,9 +85,9 @@ async def test_zeros_and_compressed_clusters_are_not_lent(
     await image.write_zeroes(0, MIB)
     await image.write(2 * MIB, b"n" * 65536)
     await image.read(0, SIZE)
-    assert image.lend(0, 65536, for_good=False) is None
-    assert image.lend(MIB, 65536, for_good=False) is None
-    assert image.lend(2 * MIB, 65537, for_good=False) is None
-    loan = lent(image, 2 * MIB, 65536, small)
-    assert content_of(loan) == b"n" * 65536
+    assert image.lend(0, 65536) is None
+    assert image.lend(MIB, 65536) is None
+    assert image.lend(2 * MIB, 65537) is None
+    pieces = lent(image, 2 * MIB, 65536, small)
+    assert content_of(pieces) == b"n" * 65536
     await image.close()
