@@ -6,9 +6,7 @@ there is a whole image or none. Blocking calls: made by the command line or in
 a thread.
 """
 
-import errno
 import os
-import secrets
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from nbdserve.formats.crypto.new_luks import NewLuks
 from nbdserve.formats.preallocation import MODES, take_space
 from nbdserve.formats.qcow1 import create as qcow1
 from nbdserve.formats.qcow2 import create as qcow2
+from nbdserve.storage.publish import publish, require_new, temporary_name
 
 FORMATS: Final = ("qcow2", "qcow", "raw")
 MAX_SIZE = (1 << 63) - 1
@@ -271,38 +270,13 @@ def _write_raw(
 
 def _publish(path: str, write: Callable[[int], None]) -> None:
     """Let `write` fill a file, make it durable, and give it the name `path`."""
-    if os.path.lexists(path):
-        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), path)
-    folder = os.path.dirname(path)
-    temporary = os.path.join(folder, f".nbdserve-{secrets.token_hex(8)}.new")
-    fd = os.open(temporary, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666)
-    try:
+    require_new(path)
+    with temporary_name(path) as temporary:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        fd = os.open(temporary, flags, 0o666)
         try:
             write(fd)
             os.fsync(fd)
         finally:
             os.close(fd)
-        _link(temporary, path)
-    finally:
-        if os.path.lexists(temporary):
-            os.unlink(temporary)
-    _sync_folder(folder or os.curdir)
-
-
-def _link(temporary: str, path: str) -> None:
-    try:
-        os.link(temporary, path)
-    except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
-            raise
-        # No hard links here (vfat): take the name first, then replace our own file.
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-        os.rename(temporary, path)
-
-
-def _sync_folder(folder: str) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+        publish(temporary, path)

@@ -11,6 +11,9 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from nbdserve.errors import NbdserveError
+from nbdserve.storage.names import shown
+
 #: What file systems without hard links say (vfat, some FUSE).
 _NO_LINKS = frozenset({errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS})
 
@@ -30,11 +33,24 @@ def require_new(path: str) -> None:
 
 @contextmanager
 def temporary_name(path: str) -> Iterator[str]:
-    """Give a name to fill a file under; what has it in the end is removed."""
+    """Give a name to fill a file under; what has it in the end is removed.
+
+    Errors name `path` instead: nobody knows the other one.
+    """
     name = f".nbdserve-{secrets.token_hex(8)}.new"
     temporary = os.path.join(os.path.dirname(path), name)
     try:
         yield temporary
+    except (NbdserveError, OSError) as error:
+        if isinstance(error, OSError) and error.filename == temporary:
+            error.filename = path
+        error.args = tuple(
+            each.replace(shown(temporary), shown(path))
+            if isinstance(each, str)
+            else each
+            for each in error.args
+        )
+        raise
     finally:
         if os.path.lexists(temporary):
             os.unlink(temporary)

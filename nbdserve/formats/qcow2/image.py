@@ -234,7 +234,7 @@ class Qcow2Image(MappedImage):
             ImageCorruptError: Its tables are impossible.
         """
         parts, header = self._parts, self.header
-        snapshot = find_snapshot(await self.snapshots(), name)
+        snapshot = find_snapshot(parts.storage.name, await self.snapshots(), name)
         size = judged(snapshot, header, parts.storage.size)
         geometry = replace(
             parts.geometry,

@@ -70,8 +70,13 @@ async def read_snapshots(
     return parse_snapshot_table(bytes(data), header.nb_snapshots)
 
 
-def find_snapshot(snapshots: list[Snapshot], name: str) -> Snapshot:
+def find_snapshot(image: str, snapshots: list[Snapshot], name: str) -> Snapshot:
     """Return the snapshot with that name, else that id.
+
+    Args:
+        image: What to call the image.
+        snapshots: All that it has.
+        name: Or id.
 
     Raises:
         ConfigError: There is none, or several have the name.
@@ -81,11 +86,12 @@ def find_snapshot(snapshots: list[Snapshot], name: str) -> Snapshot:
     if len(found) > 1:
         ids = ", ".join(each.id.decode("utf-8", "backslashreplace") for each in found)
         raise ConfigError(
-            f"{len(found)} snapshots have the name {name!r}: say which by its id ({ids})"
+            f"{image}: {len(found)} snapshots have the name {name!r}: say which by its"
+            f" id ({ids})"
         )
     found = found or [each for each in snapshots if each.id == wanted]
     if not found:
-        raise ConfigError(f"there is no snapshot {name!r}")
+        raise ConfigError(f"{image}: there is no snapshot {name!r}")
     return found[0]
 
 
@@ -107,7 +113,9 @@ def judged(snapshot: Snapshot, header: Header, file_size: int) -> int:
     return size & ~511
 
 
-def _new_entry(snapshots: list[Snapshot], name: str, header: Header) -> Snapshot:
+def _new_entry(
+    image: str, snapshots: list[Snapshot], name: str, header: Header
+) -> Snapshot:
     """Return the entry of a new snapshot, without its L1 table.
 
     Raises:
@@ -119,11 +127,9 @@ def _new_entry(snapshots: list[Snapshot], name: str, header: Header) -> Snapshot
             f"a snapshot's name has 1 to {MAX_NAME} bytes, and no NUL among them"
         )
     if any(each.name == encoded for each in snapshots):
-        raise ConfigError(f"there is a snapshot {name!r} already")
+        raise ConfigError(f"{image}: there is a snapshot {name!r} already")
     if len(snapshots) >= MAX_SNAPSHOTS:
-        raise ConfigError(
-            f"the image has {len(snapshots)} snapshots, the most possible"
-        )
+        raise ConfigError(f"{image}: has {len(snapshots)} snapshots, the most possible")
     numbers = [int(each.id) for each in snapshots if each.id.isdigit()]
     seconds, nanoseconds = divmod(time.time_ns(), 10**9)
     return Snapshot(
@@ -164,7 +170,7 @@ class Snapshots:
         """
         structure = self._structure
         snapshots, old_length = await read_snapshots(self._storage, structure.header)
-        entry = _new_entry(snapshots, name, structure.header)
+        entry = _new_entry(self._storage.name, snapshots, name, structure.header)
         words = without_copied(self._parts.tables.l1.words)
         counts = await structure.tree.count(words)
         await structure.pool.require_room(counts)
@@ -197,7 +203,7 @@ class Snapshots:
         """
         structure, header = self._structure, self._structure.header
         snapshots, old_length = await read_snapshots(self._storage, header)
-        gone = find_snapshot(snapshots, name)
+        gone = find_snapshot(self._storage.name, snapshots, name)
         judged(replace(gone, disk_size=0), header, self._storage.size)
         words = await read_words(self._storage, gone.l1_table_offset, gone.l1_size)
         counts = await structure.tree.count(words)
@@ -221,7 +227,7 @@ class Snapshots:
         """
         structure, header = self._structure, self._structure.header
         snapshots, _ = await read_snapshots(self._storage, header)
-        wanted = find_snapshot(snapshots, name)
+        wanted = find_snapshot(self._storage.name, snapshots, name)
         size = judged(wanted, header, self._storage.size)
         found = await read_words(self._storage, wanted.l1_table_offset, wanted.l1_size)
         words = without_copied(found)

@@ -70,7 +70,8 @@ def test_snapshots_come_and_go(tmp_path: Path) -> None:
     [
         (["create", "IMAGE"], "snapshot create needs a NAME"),
         (["list", "IMAGE", "x"], "snapshot list takes no NAME"),
-        (["apply", "IMAGE", "x"], "there is no snapshot 'x'"),
+        (["apply", "IMAGE", "x"], "made.qcow2: there is no snapshot 'x'"),
+        (["delete", "IMAGE", "x"], "made.qcow2: there is no snapshot 'x'"),
         (["create", "IMAGE", "x", "--json"], "--json is for snapshot list"),
         (["creat", "IMAGE", "x"], "did you mean create?"),
         (["create", "RAW", "x"], "only qcow2 images have internal snapshots"),
@@ -90,6 +91,16 @@ def test_snapshot_refuses(
     paths["OLD"] = make(tmp_path, MIB, fmt="qcow")
     assert image("snapshot", *(str(paths.get(word, word)) for word in words)) == 1
     assert message in capsys.readouterr().err
+
+
+def test_a_snapshot_that_is_there_already_names_its_image(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = make(tmp_path, MIB)
+    assert image("snapshot", "create", path, "before") == 0
+    assert image("snapshot", "create", path, "before") == 1
+    told = f"nbdserve: {path}: there is a snapshot 'before' already\n"
+    assert capsys.readouterr().err == told
 
 
 def test_serve_a_snapshot(tmp_path: Path) -> None:

@@ -92,6 +92,22 @@ def test_an_empty_name(command: str, capsys: pytest.CaptureFixture[str]) -> None
     assert err == "nbdserve: '': No such file or directory\n"
 
 
+@pytest.mark.parametrize("words", [["convert", "raw"], ["create", "--format=raw"]])
+def test_a_folder_that_is_not_there(
+    words: list[str],
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What is named is what was asked for, not what it is called meanwhile."""
+    monkeypatch.chdir(folder)
+    command, first = words
+    names = ["nodir/new", "1M"] if command == "create" else ["nodir/new"]
+    code, _, err = answer([command, first, *names], "", capsys)
+    told = "nbdserve: can't create nodir/new: No such file or directory\n"
+    assert (code, err) == (1, told)
+
+
 @pytest.mark.parametrize("command", ["convert", "rename"])
 def test_an_empty_name_for_what_is_made(
     command: str, folder: Path, capsys: pytest.CaptureFixture[str]
