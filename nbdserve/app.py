@@ -150,8 +150,9 @@ async def _serve(  # noqa: PLR0913
     made: bool,
     quiet: bool,
 ) -> None:
-    stop = asyncio.Event()
+    stop, hung_up = asyncio.Event(), asyncio.Event()
     _stop_on_signals(stop)
+    asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, hung_up.set)
     async with _workers(config, parts) as crew:
         offer = partial(_offer, crew, late=config.open == "use")
         close_timeout_s = parts.limits.close_timeout_s
@@ -174,7 +175,6 @@ async def _serve(  # noqa: PLR0913
             for export in registry:
                 export.multi_conn = False
         reload = Reload(config, parts.reread, server, parts.credentials, offer)
-        reload.on_hangup()
         server.start()
         if parts.control is not None:
             await _start_control(parts.control, server, reload)
@@ -193,6 +193,7 @@ async def _serve(  # noqa: PLR0913
         if client is not None:
             only = server.welcome(client, client.getpeername())
             only.add_done_callback(lambda _: stop.set())
+        reload.on_hangup(at_once=hung_up.is_set())
         try:
             await server.serve_until(stop)
         finally:
@@ -535,8 +536,8 @@ class Reload:
         self._under_way: set[asyncio.Task[None]] = set()
         self._log = structlog.get_logger()
 
-    def on_hangup(self) -> None:
-        """Reload with each SIGHUP."""
+    def on_hangup(self, *, at_once: bool) -> None:
+        """Reload with each SIGHUP; `at_once` if there was one before."""
         loop = asyncio.get_running_loop()
 
         def reload() -> None:
@@ -545,6 +546,8 @@ class Reload:
             task.add_done_callback(self._under_way.discard)
 
         loop.add_signal_handler(signal.SIGHUP, reload)
+        if at_once:
+            reload()
 
     def path_of(self, name: str) -> str:
         """Return the image of an export as the operator wrote it."""
@@ -574,8 +577,10 @@ class Reload:
 
     async def _reload(self) -> None:
         async with self._turn:
+            if self._server.stopping:
+                return
             notify_reloading()
-            await _flush(self._server.registry)
+            await _flush(self._server)
             try:
                 config = self._reread()
                 policies = {image.name: _policy(image) for image in config.images}
@@ -667,12 +672,14 @@ def _disk_of(image: ImageConfig) -> ImageConfig:
     return replace(image, description="", access=(), tls_only=False)
 
 
-async def _flush(registry: Registry) -> None:
+async def _flush(server: Server) -> None:
     log = structlog.get_logger()
-    for export in registry:
+    for export in server.registry:
+        if server.stopping:
+            return  # whoever closes an export flushes it
         try:
             await export.flush()
         except (OSError, ImageError) as error:
             # no traceback: the error names the disk, and that is where it lies
             log.error("could not flush", export=export.name, error=explain(error))  # noqa: TRY400
-    log.info("flushed", exports=len(registry))
+    log.info("flushed", exports=len(server.registry))

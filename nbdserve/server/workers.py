@@ -356,7 +356,8 @@ class DistantExport(Export):
 
     async def flush(self) -> None:
         """Make everything durable that was written."""
-        await self._everywhere("flush", self._where_open())
+        if not self.retired:  # otherwise it is being closed
+            await self._everywhere("flush", self._where_open())
 
     async def close(self) -> None:
         """Close the disk in each worker."""

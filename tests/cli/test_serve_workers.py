@@ -266,6 +266,29 @@ def test_what_does_not_fit_into_a_message_is_nobody_elses_trouble(
         assert "a worker has ended" not in process.log()
 
 
+def test_hangup_while_images_are_opened(folder: Path) -> None:
+    words = ["a.qcow2", "--unix", "s", "--workers", "2"]
+    with ServeProcess(*words, cwd=folder) as process:
+        until(lambda: len(workers(process)) == 2)
+        pids = workers(process)
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGHUP)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        process.wait_until_ready()
+        process.wait_for_log("reloaded")
+        assert process.end() == 0
+
+
+def test_hangups_at_the_end(folder: Path) -> None:
+    with serving(folder, "a.qcow2", "b.qcow2", "c.qcow2") as process:
+        for _ in range(20):
+            os.kill(process.pid, signal.SIGHUP)
+        assert process.end() == 0
+    assert "error" not in (folder / "log").read_text()
+
+
 def test_workers_close_their_images_when_the_first_process_is_killed(
     folder: Path,
 ) -> None:
