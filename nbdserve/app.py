@@ -583,6 +583,7 @@ class Reload:
             await _flush(self._server)
             try:
                 config = self._reread()
+                _require_different(config.images)
                 policies = {image.name: _policy(image) for image in config.images}
                 state_dir = _state_dir(config, os.environ)
                 self._credentials.replace(config.tls)

@@ -140,6 +140,10 @@ def test_a_hangup_adds_changes_and_removes_exports(
         server.wait_for_log("nothing is changed")
         assert "line 1: unknown key 'nonsense'" in server.log()
         assert exports(folder, capsys) == {"a": "one", "old": ""}
+        twice = '[[export]]\nname = "twice"\npath = "a.img"\nread-only = true'
+        configure(folder, more=twice)
+        os.kill(server.pid, signal.SIGHUP)
+        server.wait_for_log("a.img is the same file as a.img, served as 'a'")
         text = FILE.format(top="", more=second.format("new"), description="changed")
         configure(folder, text=text)
         os.kill(server.pid, signal.SIGHUP)
