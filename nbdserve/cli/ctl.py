@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -52,8 +51,6 @@ _SNAPSHOT_VERBS = ("list", "create", "delete")
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    # or -512M would be taken for an option
-    parser._negative_number_matcher = re.compile(r"-[\d.]+[KMGTkmgt]?")  # noqa: SLF001
     parser.add_argument(
         "--control",
         metavar="PATH",
@@ -63,7 +60,9 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "verb", metavar="VERB", type=one_of(*_VERBS), help=" ".join(_VERBS)
     )
-    parser.add_argument("words", metavar="WORD", nargs="*", help="as shown above")
+    parser.add_argument(
+        "words", metavar="WORD", nargs="*", default=[], help="as shown above"
+    )
     parser.add_argument(
         "--shrink",
         action="store_true",

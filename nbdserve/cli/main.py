@@ -141,7 +141,7 @@ def _split(words: list[str]) -> tuple[str, list[str]]:
     count = 2 if words[0] == "image" else 1
     name, rest = " ".join(words[:count]), words[count:]
     if name not in COMMANDS:
-        from nbdserve.cli.parser import did_you_mean
+        from nbdserve.config.spelling import did_you_mean
 
         what = "option" if name.startswith("-") else "command"
         known = ["--help", "--version"] if what == "option" else list(COMMANDS)

@@ -6,23 +6,17 @@ added), a near miss gets a suggestion, and options may stand between images.
 """
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import NoReturn, TypeVar
 
+from nbdserve.config.spelling import did_you_mean
 from nbdserve.errors import ConfigError
 
 Value = TypeVar("Value")
 
 #: What options that take a path call it in their help.
 _PATHS = ("PATH", "FILE", "DIR")
-
-
-def did_you_mean(word: str, known: Sequence[str]) -> str:
-    """Return `: did you mean X?` if one of `known` is close to `word`, else ``."""
-    from difflib import get_close_matches
-
-    near = get_close_matches(word, known, n=1)
-    return f": did you mean {near[0]}?" if near else ""
 
 
 def one_of(*choices: str) -> Callable[[str], str]:
@@ -92,6 +86,8 @@ class Parser(argparse.ArgumentParser):
             formatter_class=_Formatter,
             allow_abbrev=False,
         )
+        # or -512M would be taken for an option
+        self._negative_number_matcher = re.compile(r"-[\d.]+[KMGTkmgt]?")
 
     def parse(self, words: Sequence[str]) -> argparse.Namespace:
         """Read the words after the command.

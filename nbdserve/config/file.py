@@ -8,7 +8,6 @@ import re
 import tomllib
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from difflib import get_close_matches
 from typing import Annotated, Any, Final, NoReturn, TypeVar
 
 import msgspec
@@ -27,6 +26,7 @@ from nbdserve.config.model import (
     parse_path,
     parse_socket_path,
 )
+from nbdserve.config.spelling import did_you_mean
 from nbdserve.config.tls import TlsChoice, TlsConfig
 from nbdserve.errors import ConfigError
 
@@ -312,9 +312,7 @@ def _path(text: str | None) -> list[str | int]:
 
 
 def _unknown(name: str, known: Collection[str]) -> str:
-    near = get_close_matches(name, known, n=1)
-    hint = f": did you mean {near[0]}?" if near else ""
-    return f"unknown key {name!r}{hint}"
+    return f"unknown key {name!r}{did_you_mean(name, known)}"
 
 
 def _listed(value: Any) -> list[Any]:

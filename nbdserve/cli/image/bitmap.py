@@ -11,7 +11,7 @@ from nbdserve.errors import ConfigError
 if TYPE_CHECKING:
     from nbdserve.formats.qcow2.image import Qcow2Image
 
-TAKES = "VERB PATH NAME"
+TAKES = "VERB PATH NAME [SOURCE...]"
 
 DESCRIPTION = """\
 Persistent bitmaps of a qcow2 image: what was changed since a moment, for
@@ -45,7 +45,11 @@ def define(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="the image")
     parser.add_argument("name", metavar="NAME", help="the bitmap")
     parser.add_argument(
-        "sources", metavar="SOURCE", nargs="*", help="merge: the other bitmaps"
+        "sources",
+        metavar="SOURCE",
+        nargs="*",
+        default=[],  # or argparse says that it is required
+        help="merge: the other bitmaps",
     )
     parser.add_argument(
         "--granularity",

@@ -1,7 +1,6 @@
 """`nbdserve image resize`: another size for a disk that is not in use."""
 
 import argparse
-import re
 
 from nbdserve.cli.image.layout import define_preallocation
 from nbdserve.cli.parser import define_allowed_files, judged, one_of
@@ -25,8 +24,6 @@ examples:
 
 def define(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    # or -512M would be taken for an option
-    parser._negative_number_matcher = re.compile(r"-[\d.]+[KMGTkmgt]?")  # noqa: SLF001
     parser.add_argument("path", metavar="PATH", help="the image")
     parser.add_argument(
         "size",
