@@ -350,9 +350,10 @@ def _file(path: str | None) -> "FileConfig":
     if path is None:
         return FileConfig()
     from nbdserve.config.file import read_config
+    from nbdserve.exports.access import user_id
     from nbdserve.server.limits import NAMES, Limits, changed
 
-    return read_config(path, NAMES, lambda limit: changed(Limits(), [limit]))
+    return read_config(path, NAMES, lambda limit: changed(Limits(), [limit]), user_id)
 
 
 def _workers(text: str) -> int:
@@ -390,6 +391,8 @@ def _address(text: str) -> "TcpAddress":
 def _limit(text: str) -> tuple[str, str]:
     from nbdserve.server.limits import Limits, changed
 
-    name, _, value = text.partition("=")
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r} is not NAME=VALUE, such as connections=100")
     changed(Limits(), [(name, value)])
     return name, value

@@ -8,7 +8,7 @@ import re
 import tomllib
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Mapping, Sequence
-from typing import Annotated, Any, Final, NoReturn, TypeVar
+from typing import Annotated, Any, Final, NoReturn, TypeVar, get_args, get_type_hints
 
 import msgspec
 
@@ -31,6 +31,7 @@ from nbdserve.config.tls import TlsChoice, TlsConfig
 from nbdserve.errors import ConfigError
 
 _UNKNOWN: Final = re.compile(r"Object contains unknown field `(.*?)`(?: - at `(.*)`)?")
+_CHOICE: Final = re.compile("Invalid enum value '(.*)'", re.DOTALL)
 _OTHER: Final = re.compile(r"(.*?)(?: - at `(.*)`)?", re.DOTALL)
 #: Ten thousand exports are 0.8 MiB. Reading that much takes half a second, finding the line
 #: of a mistake in it two.
@@ -106,6 +107,7 @@ def read_config(
     path: str,
     limits: Collection[str],
     judge_limit: Callable[[tuple[str, str]], object],
+    judge_user: Callable[[str | int], object],
 ) -> FileConfig:
     """Read a configuration file.
 
@@ -113,6 +115,7 @@ def read_config(
         path: Of the file.
         limits: The names of limits.
         judge_limit: Refuses a name and a value by a ConfigError.
+        judge_user: Refuses a user of this machine, a name or a number, in the same way.
 
     Raises:
         ConfigError: It can't be read, or something in it is wrong: one line, with the
@@ -127,15 +130,18 @@ def read_config(
         raise ConfigError(f"{path}: is not UTF-8") from error
     if len(text) > _MAX_LENGTH:
         raise ConfigError(f"{path}: is longer than {_MAX_LENGTH} characters")
-    return _Reader(path, text).read(limits, judge_limit)
+    return _Reader(path, text, judge_user).read(limits, judge_limit)
 
 
 class _Reader:
     """One file, and how to complain about it."""
 
-    def __init__(self, path: str, text: str) -> None:
+    def __init__(
+        self, path: str, text: str, judge_user: Callable[[str | int], object]
+    ) -> None:
         self._path = path
         self._text = text
+        self._judge_user = judge_user
 
     def read(
         self,
@@ -159,6 +165,7 @@ class _Reader:
         images = tuple(
             self._image(number, export) for number, export in enumerate(file.export)
         )
+        self._require_names(file, images)
         return FileConfig(
             images=images,
             listen=self._each(("listen",), file.listen, TcpAddress.parse),
@@ -221,11 +228,23 @@ class _Reader:
         name = path.name if export.name is None else export.name
         return self._judged(at, name, build)
 
+    def _require_names(self, file: _File, images: Sequence[ImageConfig]) -> None:
+        """Refuse two exports of one name."""
+        first: dict[str, ImageConfig] = {}
+        for number, image in enumerate(images):
+            if first.setdefault(image.name, image) is image:
+                continue
+            key = "path" if file.export[number].name is None else "name"
+            text = f"two exports are named {image.name!r}: give one another name"
+            self._refuse(("export", number, key), text)
+
     def _rule(self, at: _Path, rule: _Access) -> AccessRule:
         for key, value in msgspec.structs.asdict(rule).items():
             if value == []:
                 text = "an empty list would be met by everybody: leave it out"
                 self._refuse((*at, key.replace("_", "-")), text)
+        for user in _listed(rule.user):
+            self._judged((*at, "user"), user, self._judge_user)
         return AccessRule(
             allow=rule.allow,
             certificates=tuple(_listed(rule.certificate)),
@@ -265,7 +284,14 @@ class _Reader:
         found = _OTHER.fullmatch(complaint)
         text, at = (found[1], _path(found[2])) if found else (complaint, [])
         key = f"{at[-1]}: " if at and isinstance(at[-1], str) else ""
-        self._refuse(at, key + text.replace("`", "").replace("Object m", "m"))
+        text = text.replace("`", "").replace("Object m", "m")
+        if found := _CHOICE.fullmatch(text):
+            choices = _choices(at)
+            hint = did_you_mean(found[1], choices)
+            text = f"'{found[1]}' is not one of {', '.join(choices)}{hint}"
+        elif text == "Expected array, got str":
+            text += ': write ["..."]'
+        self._refuse(at, key + text)
 
     def _refuse(self, at: _Path, text: str) -> NoReturn:
         line = self._line_of(at)
@@ -309,6 +335,21 @@ def _path(text: str | None) -> list[str | int]:
     """Read a path as msgspec writes it: `$.export[1].access`."""
     parts = re.findall(r"\.([^.\[]+)|\[(\d+)\]", text or "")
     return [name or int(number) for name, number in parts]
+
+
+def _choices(at: _Path) -> list[str]:
+    """Return the words that a key takes."""
+    tables = tuple(part for part in at[:-1] if isinstance(part, str))
+    hints = get_type_hints(_KEYS[tables])
+    return _words(hints[str(at[-1]).replace("-", "_")])
+
+
+def _words(kind: Any) -> list[str]:
+    """Return the strings in a type such as `Literal["a", "b"] | None`."""
+    found: list[str] = []
+    for part in get_args(kind):
+        found += [part] if isinstance(part, str) else _words(part)
+    return found
 
 
 def _unknown(name: str, known: Collection[str]) -> str:

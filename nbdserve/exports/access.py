@@ -104,17 +104,22 @@ def _with_uids(rule: AccessRule) -> AccessRule:
         rule.certificates,
         rule.psk_users,
         rule.networks,
-        tuple(_uid(user) for user in rule.users),
+        tuple(user_id(user) for user in rule.users),
     )
 
 
-def _uid(user: str | int) -> int:
+def user_id(user: str | int) -> int:
+    """Look up a user of this machine.
+
+    Raises:
+        ConfigError: There is none of that name.
+    """
     if isinstance(user, int):
         return user
     try:
         return pwd.getpwnam(user).pw_uid
     except KeyError:
-        raise ConfigError(f"access: there is no user {user!r} here") from None
+        raise ConfigError(f"there is no user {user!r} here") from None
 
 
 def _is_for(rule: AccessRule, client: Client) -> bool:

@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import Final
 
+from nbdserve.config.spelling import did_you_mean
 from nbdserve.config.units import parse_size
 from nbdserve.errors import ConfigError
 
@@ -64,6 +65,8 @@ class Limits:
 #: The limits as operators write them; what ends in -s is in seconds.
 NAMES: Final = tuple(field.name.replace("_", "-") for field in fields(Limits))
 _MAY_BE_0: Final = frozenset({"busy-poll-s"})
+#: MAX_TCP_KEEPIDLE of Linux: with more, no client could be welcomed.
+_MOST: Final = {"keepalive-s": 32767}
 
 
 def changed(limits: Limits, settings: Iterable[tuple[str, str]]) -> Limits:
@@ -82,15 +85,25 @@ def changed(limits: Limits, settings: Iterable[tuple[str, str]]) -> Limits:
     for name, text in settings:
         field = kinds.get(name)
         if field is None:
-            known = ", ".join(kinds)
-            raise ConfigError(f"there is no limit {name!r}: there are {known}")
+            hint = did_you_mean(name, NAMES) or f": there are {', '.join(NAMES)}"
+            raise ConfigError(f"there is no limit {name!r}{hint}")
         if field.type is float:
             if not re.fullmatch(r"\d{1,9}(\.\d{1,9})?", text, re.ASCII):
                 raise ConfigError(f"the limit {name}={text} is not a number of seconds")
             value: float = float(text)
         else:
-            value = parse_size(text)
+            value = _whole_number(name, text)
         if not value and name not in _MAY_BE_0:
             raise ConfigError(f"the limit {name} can't be 0")
+        if value > _MOST.get(name, value):
+            raise ConfigError(f"the limit {name} can be at most {_MOST[name]}")
         values[field.name] = value
     return replace(limits, **values)  # type: ignore[arg-type]
+
+
+def _whole_number(name: str, text: str) -> int:
+    try:
+        return parse_size(text)
+    except ConfigError as error:
+        problem = f": {error}" if "bytes" in name else f"={text} is not a whole number"
+        raise ConfigError(f"the limit {name}{problem}") from None

@@ -10,6 +10,7 @@ from nbdserve.config.access import AccessRule
 from nbdserve.config.file import read_config
 from nbdserve.config.model import FileConfig, TcpAddress, VsockAddress
 from nbdserve.errors import ConfigError
+from nbdserve.exports.access import user_id
 from nbdserve.server.limits import NAMES, Limits, changed
 
 EXAMPLE = Path(__file__).parents[2] / "deploy/nbdserve.example.toml"
@@ -22,11 +23,11 @@ def judge(limit: tuple[str, str]) -> None:
 def read(tmp_path: Path, text: str) -> FileConfig:
     path = tmp_path / "nbdserve.toml"
     path.write_text(text)
-    return read_config(str(path), NAMES, judge)
+    return read_config(str(path), NAMES, judge, user_id)
 
 
 def test_the_example_is_understood() -> None:
-    config = read_config(str(EXAMPLE), NAMES, judge)
+    config = read_config(str(EXAMPLE), NAMES, judge, user_id)
     assert [image.name for image in config.images] == ["web", "installer"]
     assert config.listen == (
         TcpAddress("127.0.0.1", 10809),
@@ -98,7 +99,28 @@ def test_one_value_needs_no_list(tmp_path: Path) -> None:
         ('listen = [\n"1:2:3"]', "line 1: '1:2:3' is not HOST:PORT"),
         ("listen = 3", "line 1: listen: Expected array, got int"),
         ('\n[[export]]\nname = "x"', "line 2: missing required field path"),
-        ('[[export]]\npath = "a"\nformat = "vdi"', "line 3: format: Invalid enum"),
+        (
+            '[[export]]\npath = "a"\nformat = "vdi"',
+            "line 3: format: 'vdi' is not one of raw, qcow",
+        ),
+        ('open = "starts"', "'starts' is not one of start, use: did you mean start?"),
+        (
+            '[[export]]\npath = "a"\n[[export.access]]\n\nallow = "rw"',
+            "line 5: allow: 'rw' is not one of none, read-only, read-write",
+        ),
+        ('listen = "::1"', 'line 1: listen: Expected array, got str: write ["..."]'),
+        (
+            '[[export]]\npath = "a"\n[[export.access]]\nallow = "none"\nuser = "none"',
+            "line 5: there is no user 'none' here",
+        ),
+        (
+            '[[export]]\npath = "a"\n\n[[export]]\npath = "b/a.img"\n',
+            "line 5: two exports are named 'a'",
+        ),
+        (
+            '[[export]]\npath = "a"\n[[export]]\npath = "b"\nname = "a"',
+            "line 5: two exports are named 'a'",
+        ),
         ("a = \n", "(at line 1, column 5)"),
         ('[tls]\nmode = "require"', "line 1: --tls require needs"),
         ('[tls]\npsk = "a"\ncert = "b"\nkey = "c"', "exclude each other"),
@@ -132,10 +154,10 @@ def test_a_mistake_has_its_line(tmp_path: Path, text: str, complaint: str) -> No
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="No such file"):
-        read_config(str(tmp_path / "none"), NAMES, judge)
+        read_config(str(tmp_path / "none"), NAMES, judge, user_id)
     (tmp_path / "latin").write_bytes(b"# \xff")
     with pytest.raises(ConfigError, match="is not UTF-8"):
-        read_config(str(tmp_path / "latin"), NAMES, judge)
+        read_config(str(tmp_path / "latin"), NAMES, judge, user_id)
 
 
 def test_a_mistake_in_a_long_file_is_found_soon(tmp_path: Path) -> None:
