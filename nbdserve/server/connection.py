@@ -344,6 +344,11 @@ class Connection:
                 self._receive_payload()
             else:
                 self._receive()
+        except (ProtocolError, OSError):
+            raise
+        except BaseException:
+            self._outbox.abandon()
+            raise
         finally:
             self._outbox.flush()
 

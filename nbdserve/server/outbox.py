@@ -233,6 +233,13 @@ class Outbox:
             self._enqueue(buffer.view, [(self._run_start, end)], buffer)
         self._run_start = end
 
+    def abandon(self) -> None:
+        """Forget the replies of this turn that lie in the arena.
+
+        One may be reserved and not filled: what is there is somebody else's.
+        """
+        self.arena.buffer.position = self._run_start
+
     def flush(self) -> None:
         """Send the replies of this turn, or as much as the kernel takes."""
         buffer = self.arena.buffer

@@ -264,11 +264,11 @@ class Session:
         first = buffer.position - size
         data = first + self._read_header
         view = buffer.view[data : data + length]
-        if length > BULK or (length > _BULK_IN_COMPANY and self.crowded):
-            coroutine = read_bulk(self._turnstile, self._device, offset, view)
-        else:
-            coroutine = self._device.read_into(offset, view)
         try:
+            if length > BULK or (length > _BULK_IN_COMPANY and self.crowded):
+                coroutine = read_bulk(self._turnstile, self._device, offset, view)
+            else:
+                coroutine = self._device.read_into(offset, view)
             done, outcome = start(coroutine)
         except BaseException as failure:  # noqa: BLE001
             self._outbox.withdraw(buffer, first)
@@ -332,11 +332,11 @@ class Session:
             begun: If the beginning of the request is on a disk already, so that
                 `payload` is the rest.
         """
-        if begun is None:
-            coroutine = self._device.write(offset, payload, fua=bool(flags & _FUA))
-        else:
-            coroutine = begun.device.write(offset + begun.written, payload)
         try:
+            if begun is None:
+                coroutine = self._device.write(offset, payload, fua=bool(flags & _FUA))
+            else:
+                coroutine = begun.device.write(offset + begun.written, payload)
             done, waits_for = start(coroutine)
         except BaseException as failure:  # noqa: BLE001
             self._outbox.put(self._failed(_WRITE, cookie, offset, failure))
@@ -372,7 +372,11 @@ class Session:
         if command == _BLOCK_STATUS:
             self.status(flags, cookie, offset, length)
             return
-        coroutine = HANDLERS[command](self._device, flags, offset, length)
+        try:
+            coroutine = HANDLERS[command](self._device, flags, offset, length)
+        except BaseException as failure:  # noqa: BLE001
+            self._outbox.put(self._failed(command, cookie, offset, failure))
+            return
         self._start(coroutine, _Waiting(command, flags, cookie, offset, length))
 
     def status(

@@ -322,6 +322,39 @@ async def test_a_compaction_can_be_stopped(folder: Path, server: ServeProcess) -
 # -- reopen
 
 
+@pytest.mark.parametrize("bitmap", [(), ("--bitmap", "changed")])
+@pytest.mark.parametrize("fmt", ["raw", "qcow2"])
+async def test_what_lies_past_a_smaller_disk_is_an_error_for_each_request(
+    folder: Path, fmt: str, bitmap: tuple[str, ...]
+) -> None:
+    for name, size in (("disk", "8M"), ("smaller", "1M")):
+        tool("qemu-img", "create", "-q", "-f", fmt, folder / name, size)
+    words = ["disk", "--format", fmt, "--unix", "s", "--control", "c"]
+    with serving(*words, *bitmap, cwd=folder) as process:
+        async with await NbdClient.connect_unix(folder / "s") as client:
+            await client.go("disk", contexts=["base:allocation"])
+            (folder / "smaller").rename(folder / "disk")
+            ctl(folder, "reopen", "disk")
+            await client.write(0, b"secret" * 10_000)
+            before = (folder / "disk").stat().st_size
+            for length in (512, 32_000, 65536, 300_000, 3 * MIB):
+                for offset in (MIB - 256, 4 * MIB):
+                    place = offset, length
+                    await client.cache(*place)  # a hint
+                    for request in (
+                        client.read(*place),
+                        client.write(offset, bytes(length)),
+                        client.trim(*place),
+                        client.write_zeroes(*place),
+                        client.block_status(*place),
+                    ):
+                        with pytest.raises(NbdRequestFailed, match=r"^error (22|28): "):
+                            await request
+            assert await client.read(0, 60_000) == b"secret" * 10_000
+            assert (folder / "disk").stat().st_size == before
+        assert process.end() == 0
+
+
 async def test_reopen_keeps_clients(folder: Path, server: ServeProcess) -> None:
     async with await NbdClient.connect_unix(folder / "s") as client:
         await client.go("a", contexts=["base:allocation", CHANGED])

@@ -5,6 +5,8 @@ import errno
 import random
 import socket
 import struct
+from pathlib import Path
+from typing import cast
 
 import pytest
 
@@ -452,3 +454,33 @@ async def test_many_clients_at_once(running: Running) -> None:
         await client.disconnect()
 
     await asyncio.gather(*(work(number) for number in range(40)))
+
+
+class Confused(MemoryDisk):
+    """Tells of holes in a way that nobody understands."""
+
+    async def read_into(self, offset: int, buffer: memoryview) -> tuple[()]:
+        await super().read_into(offset, buffer)
+        return cast("tuple[()]", ("hole",) if offset else ())
+
+
+async def test_a_bug_ends_the_connection_and_sends_nothing_unfilled(
+    tmp_path: Path, limits: Limits
+) -> None:
+    disk = Confused(MIB)
+    disk.data[:65536] = b"secret!!" * 8192
+    running = Running(tmp_path / "socket", disk, limits)
+    running.server.start()
+    other = await running.client()
+    for offset in range(0, 65536, 4096):
+        await other.read(offset - offset, 4096)
+    client = await running.client()
+    assert client._receiver is not None
+    client._receiver.cancel()
+    await asyncio.gather(client._receiver, return_exceptions=True)
+    client.transmission.read(4096, 30_000)
+    await client.send_queued()
+    assert await asyncio.get_running_loop().sock_recv(client.sock, MIB) == b""
+    await other.read(0, 512)
+    await running.clients.aclose()
+    await running.stop()

@@ -103,6 +103,8 @@ class MappedImage(BlockDevice):
 
     def lend(self, offset: int, length: int) -> Sequence[Piece] | None:
         """See `BlockDevice.lend`."""
+        if offset + length > self.size:
+            return None
         return self._lender.lend(offset, length)
 
     def write(
@@ -117,6 +119,8 @@ class MappedImage(BlockDevice):
     def place(self, offset: int, length: int) -> Piece | None:
         """See `BlockDevice.place`."""
         if self._space is None or self._writes is not self._writer:
+            return None
+        if offset + length > self.size:
             return None
         return self._writer.place(offset, length)
 
