@@ -7,7 +7,7 @@ from nbdserve.block.dirty_bitmap import DirtyBitmap
 from nbdserve.block.layers.guarded import Guarded
 from nbdserve.block.layers.window import Window
 from nbdserve.config.model import ImageConfig
-from nbdserve.errors import ConfigError, ImageError
+from nbdserve.errors import ConfigError, ImageError, explain
 from nbdserve.exports.access import Policy
 from nbdserve.exports.export import Export
 from nbdserve.formats.crypto.secret import read_secrets
@@ -52,6 +52,17 @@ async def open_disk(
         ConfigError: Its path can't be opened.
         ImageError: It can't be used.
     """
+    try:
+        return await _open_disk(image, state_dir)
+    except OSError as error:
+        raise ImageError(
+            f"{shown(image.path)}: can't be opened: {explain(error)}"
+        ) from error
+
+
+async def _open_disk(
+    image: ImageConfig, state_dir: str | None
+) -> tuple[BlockDevice, list[DirtyBitmap]]:
     device: BlockDevice
     guessed = await _is_guess(image)
     secrets = await run(read_secrets, image.secret_files)
