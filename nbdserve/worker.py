@@ -102,9 +102,19 @@ class _Work:
             answer = Answer(
                 call.number, await self._do(call.what, call.name, call.image)
             )
-        except (ConfigError, ImageError, OSError, TimeoutError) as error:
+        except (ConfigError, ImageError, OSError) as error:
             answer = Answer(call.number, error=error)
-        self._channel.send(answer)
+        except Exception as error:  # noqa: BLE001 -- a bug, and somebody waits
+            structlog.get_logger().exception(
+                "a call failed unexpectedly", export=call.name
+            )
+            # not itself: what it is made of need not survive the way
+            text = f"the export {call.name!r}: {type(error).__name__}: {error}"
+            answer = Answer(call.number, error=ImageError(text))
+        try:
+            self._channel.send(answer)
+        except OSError as error:  # too long
+            self._channel.send(Answer(call.number, error=error))
 
     async def _do(self, what: str, name: str, image: Any) -> Facts | None:
         server = self._server
@@ -112,7 +122,11 @@ class _Work:
             raise ImageError("the worker was not told to begin")
         if what == "open":
             export = await open_export(image, OPEN, self._state_dir)
-            server.registry.add(export)
+            try:
+                server.registry.add(export)
+            except ConfigError:
+                await export.close()
+                raise
             return Facts(export.info(), export.info(read_only=True))
         found = server.registry.get(name)
         if found is None:
