@@ -102,7 +102,7 @@ def judge_encryption(arguments: argparse.Namespace) -> bool:
 def new_encryption(
     arguments: argparse.Namespace, secret_files: list[str], option: str
 ) -> "NewLuks | None":
-    """Make the LUKS header of a new image, if it is to have one.
+    """Return the LUKS header of a new image, if it is to have one; it is made later.
 
     Raises:
         ConfigError: It can't be in that way, or there is not exactly one passphrase.

@@ -9,7 +9,6 @@ import pytest
 
 from nbdserve.errors import ConfigError, ImageCorruptError, ImageFormatError
 from nbdserve.formats.create import create_image
-from nbdserve.formats.crypto.keys import new_header
 from nbdserve.formats.crypto.luks import CipherSpec
 from nbdserve.formats.crypto.new_luks import NewLuks
 from nbdserve.formats.header_details import geometry
@@ -121,7 +120,7 @@ def test_luks_headers_are_described(
 ) -> None:
     path = tmp_path / "disk.qcow2"
     cipher = CipherSpec("aes", mode, iv, iv_hash, length)
-    luks = NewLuks(*new_header(cipher, "sha256", b"secret", 1))
+    luks = NewLuks(cipher, "sha256", b"secret", 1)
     create_image(path, 1 << 20, encryption=luks)
     assert_agree(path)
 

@@ -178,11 +178,10 @@ async def _convert(arguments: argparse.Namespace, *, in_place: bool) -> int:
     from nbdserve.cli.image.disks import open_source
     from nbdserve.cli.progress import progress_bar
     from nbdserve.formats.convert import Target, convert_to_file
-    from nbdserve.storage.executor import run as run_in_thread
 
     secrets = secrets_of(arguments)
-    encryption = await run_in_thread(
-        new_encryption, arguments, arguments.target_secret_file, "--target-secret-file"
+    encryption = new_encryption(
+        arguments, arguments.target_secret_file, "--target-secret-file"
     )
     with raw_option("--from-format raw"):
         source = await open_source(

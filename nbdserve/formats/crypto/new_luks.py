@@ -1,6 +1,7 @@
 """The LUKS header of a new image: chosen, made once, and put into clusters."""
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Final
 
 from nbdserve.errors import ConfigError
@@ -27,24 +28,44 @@ _MAX_ITER_TIME_MS: Final = 60_000
 DEFAULT_ITER_TIME_MS: Final = 2000
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class NewLuks:
     """A LUKS header whose slot 0 opens with the operator's passphrase.
 
+    It is made when it is first asked for, which takes seconds by intent: so whatever can
+    be wrong with the image that is to have it is refused before.
+
     Attributes:
-        header: It.
-        material: The key material of slot 0.
-        key: The master key.
+        spec: How guest data and key material are encrypted.
+        hash_name: Of PBKDF2 and the anti-forensic splitter.
+        passphrase: Every byte of it.
+        iter_time_ms: How long trying it shall take on this machine.
     """
 
-    header: LuksHeader
-    material: bytes = field(repr=False)
-    key: bytes = field(repr=False)
+    spec: CipherSpec
+    hash_name: str
+    passphrase: bytes = field(repr=False)
+    iter_time_ms: int
 
     @property
     def length(self) -> int:
-        """Bytes of header and key material."""
-        return self.header.length
+        """Bytes of header and key material; known at once."""
+        return _bytes(self.spec)
+
+    @property
+    def header(self) -> LuksHeader:
+        """The header."""
+        return self._made[0]
+
+    @property
+    def material(self) -> bytes:
+        """The key material of slot 0."""
+        return self._made[1]
+
+    @property
+    def key(self) -> bytes:
+        """The master key."""
+        return self._made[2]
 
     def encode(self) -> bytes:
         """Return the bytes up to the end of slot 0; zeros follow."""
@@ -53,7 +74,13 @@ class NewLuks:
 
     def cipher(self) -> ImageCipher:
         """Return the cipher of the image."""
-        return ImageCipher(self.header.cipher, self.key, by_guest=False)
+        return ImageCipher(self.spec, self.key, by_guest=False)
+
+    @cached_property
+    def _made(self) -> tuple[LuksHeader, bytes, bytes]:
+        from nbdserve.formats.crypto.keys import new_header  # noqa: PLC0415 -- hashlib
+
+        return new_header(self.spec, self.hash_name, self.passphrase, self.iter_time_ms)
 
 
 def luks_bytes(cipher: str = DEFAULT_CIPHER) -> int:
@@ -62,7 +89,11 @@ def luks_bytes(cipher: str = DEFAULT_CIPHER) -> int:
     Raises:
         ConfigError: There is no such cipher.
     """
-    _, end = new_layout(_spec(cipher).key_bytes)
+    return _bytes(_spec(cipher))
+
+
+def _bytes(spec: CipherSpec) -> int:
+    _, end = new_layout(spec.key_bytes)
     return end * SECTOR
 
 
@@ -72,7 +103,7 @@ def new_luks(
     cipher: str | None = None,
     iter_time_ms: int | None = None,
 ) -> NewLuks:
-    """Make a master key, and lock it with a passphrase. Takes `iter_time_ms` and a bit.
+    """Judge what a new header is to be; it is made when it is first used.
 
     Args:
         secret: The passphrase.
@@ -81,16 +112,13 @@ def new_luks(
             unless given.
 
     Raises:
-        ConfigError: There is no such cipher, the passphrase is nothing for qemu, or
-            packages are missing.
+        ConfigError: There is no such cipher, or the passphrase is nothing for qemu.
     """
-    from nbdserve.formats.crypto.keys import new_header  # noqa: PLC0415 -- hashlib, uuid
-
     spec = _spec(cipher or DEFAULT_CIPHER)
     time_ms = DEFAULT_ITER_TIME_MS if iter_time_ms is None else iter_time_ms
     judge_iter_time(time_ms)
     secret.require_text()
-    return NewLuks(*new_header(spec, _HASH, secret.value, time_ms))
+    return NewLuks(spec, _HASH, secret.value, time_ms)
 
 
 def judge_iter_time(time_ms: int) -> None:

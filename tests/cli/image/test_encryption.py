@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from nbdserve.cli.main import main
+from nbdserve.formats.crypto import keys
 from tests.cli.servers import serving
 from tests.helpers.encrypted import (
     PASSPHRASE,
@@ -113,6 +114,29 @@ def test_create_refuses(
     assert complaint in error
     assert error.count("\n") == 1
     assert not path.exists()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "create new 1M --format raw --secret-file {s}",
+        "create new 1M --cluster-size 100 --secret-file {s}",
+        "create new 9P --cluster-size 512 --secret-file {s}",
+        "create taken 1M --secret-file {s}",
+        "create nodir/new 1M --secret-file {s}",
+        "convert disk.raw new --compress zlib --target-secret-file {s}",
+        "convert missing new --target-secret-file {s}",
+    ],
+)
+def test_a_mistake_is_told_before_a_key_is_made(
+    words: str, raw: Path, secret: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which takes as long as trying the passphrase later: seconds."""
+    monkeypatch.chdir(raw.parent)
+    Path("taken").touch()
+    monkeypatch.setattr(keys, "new_header", lambda *_: pytest.fail("made a key"))
+    image(*words.format(s=secret).split(), "--encryption", "luks", expect=1)
+    assert not Path("new").exists()
 
 
 @pytest.mark.parametrize("options", ["", "--compat 2", "--cluster-size 2M"])

@@ -19,7 +19,6 @@ from nbdserve.errors import (
 )
 from nbdserve.formats.check import check_image
 from nbdserve.formats.create import create_image
-from nbdserve.formats.crypto.keys import new_header
 from nbdserve.formats.crypto.luks import CipherSpec
 from nbdserve.formats.crypto.new_luks import NewLuks
 from nbdserve.formats.crypto.secret import Secret, read_secret
@@ -102,7 +101,7 @@ async def test_each_cipher_is_read_and_written_by_both(
     tmp_path: Path, name: str, hash_name: str
 ) -> None:
     qemu = Qemu(tmp_path / "disk")
-    luks = NewLuks(*new_header(CIPHERS[name], hash_name, PASSPHRASE, 1))
+    luks = NewLuks(CIPHERS[name], hash_name, PASSPHRASE, 1)
     create_image(qemu.path, SIZE, encryption=luks)
     await take_turns(qemu)
 
