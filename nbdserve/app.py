@@ -374,7 +374,12 @@ async def _offer(
         return await open_export(image, policy, state_dir)
     export.policy = policy
     if not late:
-        await export.ready()
+        try:
+            await export.ready()
+        except (ConfigError, ImageError):
+            with contextlib.suppress(OSError, ImageError):
+                await export.close()  # some workers may have it open
+            raise
     return export
 
 

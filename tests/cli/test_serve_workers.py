@@ -486,6 +486,19 @@ def test_clients_are_let_go_that_cannot_be_handed_over(folder: Path) -> None:
     assert log.count("connection opened") == log.count("connection closed")
 
 
+def test_what_not_every_worker_can_open_is_open_in_none(folder: Path) -> None:
+    config = folder / "nbdserve.toml"
+    entry = '[[export]]\npath = "{}.qcow2"\nread-only = true\n'
+    config.write_text(entry.format("a"))
+    with serving(folder, "--config", "nbdserve.toml") as process:
+        leave_descriptors(workers(process)[1], 0)
+        config.write_text(entry.format("a") + entry.format("b"))
+        os.kill(process.pid, signal.SIGHUP)
+        process.wait_for_log("could not open an image")
+        assert len(holders(process, folder / "a.qcow2")) == 2
+        assert holders(process, folder / "b.qcow2") == []
+
+
 def test_workers_import_nothing_from_the_current_folder(folder: Path) -> None:
     for name in ("resource", "nbdserve", "structlog"):
         (folder / f"{name}.py").write_text('open("imported", "w")\n')
