@@ -1,6 +1,7 @@
 """Long work: a bar on a terminal, and an end in good order when it is interrupted."""
 
 import asyncio
+import os
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator
@@ -9,6 +10,10 @@ from typing import Any
 
 INTERRUPTED = 130
 TERMINATED = 143
+
+#: Columns of a terminal: for the label and the percentage, and for everything.
+_BESIDE_BAR = 24
+_ALL = 80
 
 
 @contextmanager
@@ -33,13 +38,16 @@ def progress_bar(label: str, total: int) -> Iterator[Callable[[int], None]]:
 def growing_bar(label: str) -> Iterator[Callable[[int, int], None]]:
     """Show how far some work is whose size is found out on the way.
 
+    In one line: what does not fit a narrow terminal is left out, and a terminal that can't
+    go back in a line is shown nothing.
+
     Args:
         label: What is being done.
 
     Yields:
         What to tell how many bytes are done, and how many there are in all.
     """
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or os.environ.get("TERM") in {"dumb", "unknown"}:
         yield _ignore
         return
     from rich.console import Console
@@ -52,13 +60,14 @@ def growing_bar(label: str) -> Iterator[Callable[[int, int], None]]:
         TimeRemainingColumn,
     )
 
+    console = Console(stderr=True)
+    details = (DownloadColumn(binary_units=True), TimeRemainingColumn())
     bar = Progress(
         TextColumn("{task.description}"),
-        BarColumn(),
+        BarColumn(min(40, max(console.width - _BESIDE_BAR, 1))),
         TaskProgressColumn(),
-        DownloadColumn(binary_units=True),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
+        *(details if console.width >= _ALL else ()),
+        console=console,
         transient=True,
     )
     with bar:

@@ -161,7 +161,9 @@ def _define_connection(group: "argparse._ArgumentGroup") -> None:
 def _define_image(group: "argparse._ArgumentGroup") -> None:
     group.add_argument("-f", "--format", help="raw, qcow or qcow2")
     group.add_argument("-r", "--read-only", action="store_true")
-    group.add_argument("-o", "--offset", metavar="BYTES", default="0")
+    group.add_argument(
+        "-o", "--offset", metavar="BYTES", type=judged(_offset), default=0
+    )
     group.add_argument("-A", "--allocation-depth", action="store_true")
     group.add_argument(
         "-B", "--bitmap", metavar="NAME", action="append", default=[], help="persistent"
@@ -207,6 +209,12 @@ def _shared(text: str) -> int:
     return int(text)
 
 
+def _offset(text: str) -> int:
+    from nbdserve.cli.qemu_options import parse_offset
+
+    return parse_offset(text)
+
+
 def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
     """Return what to serve, and where.
 
@@ -236,7 +244,9 @@ def _configuration(arguments: argparse.Namespace) -> "ServeConfig":
             raise ConfigError("TLS is not supported with --connect")
         device = device_index(arguments.connect)
     if arguments.socket is not None and not os.path.isabs(arguments.socket):
-        raise ConfigError("the socket path must be absolute")
+        raise ConfigError(
+            f"--socket: {shown(arguments.socket)!r} is not an absolute path"
+        )
     listen: tuple[TcpAddress, ...] = ()
     if arguments.socket is None and (arguments.bind or arguments.port):
         host = arguments.bind or "0.0.0.0"  # noqa: S104 -- qemu-nbd's default
@@ -260,8 +270,12 @@ def _image(
     from nbdserve.cli import qemu_options as qemu
     from nbdserve.config.model import ImageConfig
 
-    if len(arguments.file) != 1:
-        raise ConfigError("invalid number of arguments: give one image")
+    if not arguments.file:
+        raise ConfigError("required: FILE, the image to serve")
+    if len(arguments.file) > 1:
+        raise ConfigError(
+            f"one image is served, and {shown(arguments.file[1])!r} is one too many"
+        )
     if arguments.detect_zeroes != "off":
         raise ConfigError(
             f"--detect-zeroes={arguments.detect_zeroes} is not supported: only off is"
@@ -288,7 +302,7 @@ def _image(
         bitmaps=tuple(arguments.bitmap),
         persistent_only=True,
         access=access,
-        offset=qemu.parse_offset(arguments.offset),
+        offset=arguments.offset,
         discard=qemu.parse_discard(arguments.discard),
     )
     if arguments.image_opts:

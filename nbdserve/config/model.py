@@ -368,6 +368,8 @@ class ServeConfig:
         own = () if self.control is None else (self.control,)
         for path in (*self.unix, *own):
             parse_socket_path(path)
+        if self.unix_mode is not None and not self.unix:
+            raise ConfigError("--unix-mode is for Unix sockets: name one with --unix")
         _require_once(
             "--unix and --control",
             [os.path.normpath(path) for path in (*self.unix, *own)],

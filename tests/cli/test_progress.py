@@ -6,11 +6,13 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
-def stderr_on_a_terminal(*words: str) -> bytes:
+
+def stderr_on_a_terminal(*words: str, kind: str = "xterm", columns: int = 80) -> bytes:
     """Run a command whose stderr is a terminal, and return what appeared there."""
     ours, theirs = pty.openpty()
-    environment = os.environ | {"TERM": "xterm", "COLUMNS": "80"}
+    environment = os.environ | {"TERM": kind, "COLUMNS": str(columns)}
     process = subprocess.Popen(
         [sys.executable, "-m", "nbdserve", *words], stderr=theirs, env=environment
     )
@@ -39,6 +41,24 @@ def test_a_bar_on_a_terminal_only(tmp_path: Path) -> None:
         check=True,
     )
     assert (result.stdout, result.stderr) == (b"", b"")
+
+
+@pytest.mark.parametrize("columns", [20, 40, 79, 80, 200])
+def test_the_bar_is_one_line(tmp_path: Path, columns: int) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(os.urandom(4 << 20))
+    words = ["image", "convert", str(disk), str(tmp_path / "a")]
+    shown = stderr_on_a_terminal(*words, columns=columns)
+    # the last line feed is rich's, which then erases the bar
+    assert shown.count(b"\n") <= 1
+    assert b"converting" in shown
+
+
+def test_nothing_on_a_terminal_that_cannot_go_back(tmp_path: Path) -> None:
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(os.urandom(4 << 20))
+    words = ["image", "convert", str(disk), str(tmp_path / "a")]
+    assert stderr_on_a_terminal(*words, kind="dumb") == b""
 
 
 def test_rich_is_loaded_for_a_bar_only(tmp_path: Path) -> None:

@@ -393,6 +393,10 @@ def test_failures(
         ("--image-opts driver=qcow2,file.filename={image},lazy-refcounts=on", "lazy"),
         ("--image-opts driver=qcow2,file.driver=nbd,file.filename=x", "nbd"),
         ("nbd://localhost/", "nbd"),
+        ("-k rel {image}", "--socket: 'rel' is not an absolute path"),
+        ("-o abc {image}", "-o/--offset: 'abc' is not a size"),
+        ("{image} other", "'other' is one too many"),
+        ("-t", "required: FILE"),
         ("-L --tls-creds a", "--tls-creds"),
     ],
 )

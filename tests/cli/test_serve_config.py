@@ -285,6 +285,7 @@ def test_a_hangup_reads_certificates_again(folder: Path, tmp_path: Path) -> None
         (["--stdio", "--unix", "s"], "listens nowhere"),
         (["--stdio"], "stdin is not a connected socket"),
         (["--unix-mode", "rw"], "--unix-mode: 'rw' are no permissions"),
+        (["--unix-mode", "0660"], "--unix-mode is for Unix sockets"),
         (["--vsock", "x"], "--vsock: 'x' is not PORT or CID:PORT"),
     ],
 )
