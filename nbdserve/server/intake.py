@@ -19,7 +19,7 @@ from nbdserve.block.loan import Piece
 from nbdserve.server.budget import Budget
 from nbdserve.server.buffers import Buffer, BufferPool
 from nbdserve.server.session import Begun, Session
-from nbdserve.server.tls import ByteStream
+from nbdserve.server.tls import RECORD, ByteStream
 from nbdserve.storage.base import Storage
 from nbdserve.wire.constants import CommandFlag
 
@@ -248,7 +248,7 @@ class Intake:
                 self.starved = True
                 return 0
             else:
-                received = self._receive_into(payload)
+                received = self._receive_into(payload, enough - payload.received)
             if not received:
                 return None
             payload.received += received
@@ -278,10 +278,13 @@ class Intake:
             return False
         return True
 
-    def _receive_into(self, payload: _Payload) -> int:
+    def _receive_into(self, payload: _Payload, most: int) -> int:
+        """Receive up to `most` bytes, or a record of TLS if that is more."""
         buffer = payload.buffer or self._take_buffer(payload)
         there = payload.unwritten - (payload.length - payload.received)
-        return self._socket.recv_into(buffer.view[there : payload.unwritten])
+        # With room for a record none is left in memory, where no event would tell of it.
+        stop = min(payload.unwritten, there + max(most, RECORD))
+        return self._socket.recv_into(buffer.view[there:stop])
 
     def _put(self, payload: _Payload, place: Piece, length: int) -> bool:
         """Write what is in the pipe; return False if that failed, which is answered."""

@@ -19,7 +19,7 @@ from nbdserve.server.readiness import readable, writable
 from nbdserve.wire.handshake import TlsMode
 
 #: RFC 8446, 5.1: the most bytes of plaintext in one record.
-_RECORD: Final = 16 << 10
+RECORD: Final = 16 << 10
 #: What is encrypted in one call. The same bytes have to be offered again if
 #: the peer does not take them, so this must never depend on anything.
 _PIECE: Final = 256 << 10
@@ -80,7 +80,7 @@ class TlsSocket:
         return self._socket.pending()
 
     def recv(self, size: int, /) -> bytes:
-        """Receive up to `size` bytes; all of a record if that is `_RECORD` or more.
+        """Receive up to `size` bytes; all of a record if that is `RECORD` or more.
 
         After `shutdown` what comes is of no interest, and not decrypted.
         """
@@ -101,7 +101,7 @@ class TlsSocket:
             while True:
                 count = self._socket.recv_into(buffer[received:])
                 received += count
-                if not count or room - received < _RECORD:
+                if not count or room - received < RECORD:
                     return received
         except ssl.SSLWantReadError:
             if received:
@@ -133,7 +133,7 @@ class TlsSocket:
         """
         count = total = 0
         for piece in pieces:
-            if total + len(piece) > _RECORD:
+            if total + len(piece) > RECORD:
                 break
             total += len(piece)
             count += 1
@@ -298,7 +298,7 @@ _REASONS: Final = {
     "SSLV3_ALERT_CERTIFICATE_UNKNOWN": "the client refuses our certificate",
     "SSLV3_ALERT_CERTIFICATE_EXPIRED": "the client finds our certificate expired",
     "BINDER_DOES_NOT_VERIFY": "the client has a wrong pre-shared key",
-    "DECRYPTION_FAILED_OR_BAD_RECORD_MAC": "the client has a wrong key",
+    "DECRYPTION_FAILED_OR_BADRECORD_MAC": "the client has a wrong key",
     "NO_SHARED_CIPHER": "no cipher or key that both sides know",
     "NO_SUITABLE_SIGNATURE_ALGORITHM": "no signature algorithm that both sides know",
     "UNSUPPORTED_PROTOCOL": "the client offers no TLS 1.2 or 1.3",

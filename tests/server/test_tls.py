@@ -23,7 +23,7 @@ from nbdserve.exports.registry import Registry
 from nbdserve.server.limits import Limits
 from nbdserve.server.listeners import listen_unix
 from nbdserve.server.server import Server
-from nbdserve.server.tls import TlsCredentials, certificate_names
+from nbdserve.server.tls import TlsCredentials, TlsSocket, certificate_names
 from nbdserve.wire.client_handshake import OptionRefused, info_data
 from nbdserve.wire.constants import Option, OptionReply, TransmissionFlag
 from tests.helpers.certificates import Certificates, make_certificates
@@ -142,6 +142,42 @@ async def test_requests_of_all_sizes_in_flight_together(
     opened = next(log for log in logs if log["event"] == "connection opened")
     assert opened["tls"] == str(version.name).replace("TLSv1_", "TLSv1.")
     assert logs[-1]["reason"] == "disconnected"
+
+
+@pytest.mark.parametrize("piece", [1000, 12_000, 16_384])
+async def test_long_payloads_are_received_in_turns(
+    required: Encrypted,
+    certificates: Certificates,
+    monkeypatch: pytest.MonkeyPatch,
+    piece: int,
+) -> None:
+    """However fast a client sends, others are not kept waiting for its last byte."""
+    offered = []
+    receive = TlsSocket.recv_into
+
+    def note_room(sock: TlsSocket, buffer: memoryview) -> int:
+        offered.append(len(buffer))
+        return receive(sock, buffer)
+
+    monkeypatch.setattr(TlsSocket, "recv_into", note_room)
+    client = await required.client(certificates.clients["nobody"])
+    modest = await required.client(certificates.clients["nobody"])
+    await client.go("disk")
+    await modest.go("disk")
+    payload = random.Random(4).randbytes(6 * MIB)
+    written = client.reply_to(client.transmission.write(0, payload))
+    data = memoryview(bytes(client.transmission.data_to_send()))
+
+    async def send() -> None:
+        for start in range(0, len(data), piece):
+            await client._send_raw(data[start : start + piece])  # a record each
+
+    sending = asyncio.create_task(send())
+    while not sending.done():
+        await modest.read(7 * MIB, 512)
+    assert not (await written).error
+    assert required.disk.data[: 6 * MIB] == payload
+    assert max(offered) <= MIB
 
 
 async def test_replies_that_are_not_read_wait_and_arrive_whole(
