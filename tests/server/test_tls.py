@@ -463,6 +463,7 @@ async def test_a_client_is_who_its_certificate_says(
     flags = (await bob.go("disk")).transmission_flags
     assert flags & TransmissionFlag.READ_ONLY
     assert not flags & TransmissionFlag.SEND_TRIM
+    await until(lambda: any("certificate" in log for log in logs))  # after the reply
     assert "CN=bob" in next(log["certificate"] for log in logs if "certificate" in log)
     # whoever loses its access loses its connection; others notice nothing
     await alice.go("disk")
