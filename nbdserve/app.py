@@ -361,25 +361,23 @@ async def _offer(
         ImageError: It can't be used.
     """
     if crew is not None:
-        export: Export = crew.export(
+        distant = crew.export(
             image.name, image.description, _disk_of(image), shared=image.reads_only
         )
-    elif late:
-        export = LateExport(
-            image.name,
-            image.description,
-            partial(open_export, image, policy, state_dir),
-        )
-    else:
-        return await open_export(image, policy, state_dir)
-    export.policy = policy
+        distant.policy = policy
+        if not late:
+            try:
+                await distant.open()
+            except (ConfigError, ImageError):
+                with contextlib.suppress(OSError, ImageError):
+                    await distant.close()  # some workers may have it open
+                raise
+        return distant
+    opening = partial(open_export, image, policy, state_dir)
     if not late:
-        try:
-            await export.ready()
-        except (ConfigError, ImageError):
-            with contextlib.suppress(OSError, ImageError):
-                await export.close()  # some workers may have it open
-            raise
+        return await opening()
+    export = LateExport(image.name, image.description, opening)
+    export.policy = policy
     return export
 
 

@@ -120,6 +120,8 @@ class _Work:
         server = self._server
         if server is None:
             raise ImageError("the worker was not told to begin")
+        if what == "answer":
+            return None
         if what == "open":
             export = await open_export(image, OPEN, self._state_dir)
             try:

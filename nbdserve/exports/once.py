@@ -16,12 +16,16 @@ class Once:
         self._work = work
         self._task: asyncio.Task[None] | None = None
 
-    async def done(self) -> None:
-        """Have it done; whatever it raises is raised for each who waits."""
+    def begin(self) -> asyncio.Task[None]:
+        """Return what is under way, or begin it."""
         if self._task is None or self._task.done():
             self._task = asyncio.create_task(self._work())
             self._task.add_done_callback(forget)
-        await asyncio.shield(self._task)
+        return self._task
+
+    async def done(self) -> None:
+        """Have it done; whatever it raises is raised for each who waits."""
+        await asyncio.shield(self.begin())
 
     async def ended(self) -> None:
         """Wait until nothing is under way, whatever comes of it."""

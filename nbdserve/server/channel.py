@@ -45,7 +45,10 @@ class Begin:
 
 @dataclass(frozen=True, slots=True)
 class Call:
-    """To a worker: open (with the configuration of an image), flush or close an export."""
+    """To a worker: open (with the configuration of an image), flush or close an export.
+
+    Or only answer.
+    """
 
     number: int
     what: str

@@ -15,7 +15,9 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Coroutine, Iterable
 from contextlib import suppress
+from functools import partial
 from itertools import count
 from typing import Any, Final
 
@@ -50,6 +52,8 @@ from nbdserve.wire.handshake import ExportInfo
 _PAUSE_S: Final = 0.1
 _LONGEST_PAUSE_S: Final = 10.0
 _PROVEN_S: Final = 30.0
+#: Who does not answer for so long gets no clients that another one can serve.
+_PATIENCE_S: Final = 0.5
 #: What the service manager means for this process alone.
 _OURS_ALONE: Final = frozenset(
     {"NOTIFY_SOCKET", "WATCHDOG_PID", "WATCHDOG_USEC", "LISTEN_FDS", "LISTEN_PID"}
@@ -96,17 +100,21 @@ class Worker:
         number: From 0 on, for logs.
         clients: Those it serves, by the numbers that stand for them in messages.
         opened: What is open in it.
+        silent: Whether it was asked if it is there, and has not answered yet.
     """
 
     def __init__(self, number: int, begin: Begin) -> None:
         self.number = number
         self.clients: dict[int, HandedOver] = {}
         self.opened: set[DistantExport] = set()
+        self.silent = False
         self._begin = begin
         self._log = structlog.get_logger().bind(worker=number)
         self._calls: dict[int, tuple[str, DistantExport, asyncio.Future[None]]] = {}
         self._numbers = count(1)
         self._running = asyncio.Event()
+        self._heard = asyncio.Event()
+        self._asked_s: float | None = None  # whether it is there
         self._stopping = False
         self._pause_s = _PAUSE_S
         self._restart: asyncio.Task[None] | None = None
@@ -163,6 +171,20 @@ class Worker:
         self._calls[number] = (what, export, answer)
         await answer
 
+    async def answers(self) -> bool:
+        """Tell whether the process is there and not stuck."""
+        if self._running.is_set() and self._asked_s is None:
+            self._asked_s = asyncio.get_running_loop().time()
+            self._heard.clear()
+            self._channel.send(Call(0, "answer", ""))
+        if self._asked_s is not None:
+            try:
+                async with asyncio.timeout_at(self._asked_s + _PATIENCE_S):
+                    await self._heard.wait()
+            except TimeoutError:
+                self.silent = True
+        return self._running.is_set() and not self.silent
+
     def serve(self, client: "HandedOver", message: Serve, fd: int) -> bool:
         """Hand a client over; False if there is no worker just now.
 
@@ -202,12 +224,18 @@ class Worker:
             self._process.kill()
             await self._process.wait()
 
+    def _hear(self) -> None:
+        self.silent = False
+        self._asked_s = None
+        self._heard.set()
+
     def _on_message(self, message: object, _fds: list[int]) -> None:
+        self._hear()
         if isinstance(message, Gone):
             client = self.clients.pop(message.number, None)
             if client is not None:
                 client.gone(message)
-        elif isinstance(message, Answer):
+        elif isinstance(message, Answer) and message.number in self._calls:
             what, export, answer = self._calls.pop(message.number)
             # here, as whoever asked may have given up
             if what == "close":
@@ -225,6 +253,7 @@ class Worker:
     def _on_end(self) -> None:
         """The process has ended: tell everybody who counts on it, and start another."""
         self._running.clear()
+        self._hear()
         self.opened.clear()
         calls, self._calls = self._calls, {}
         for _, _, answer in calls.values():
@@ -326,7 +355,9 @@ class DistantExport(Export):
         self.change = asyncio.Lock()
         self.places = places
         self.image = image
-        self._opening = Once(self._open)
+        self._openings = {
+            worker: Once(partial(self._open_in, worker)) for worker in places
+        }
 
     @property
     def is_open(self) -> bool:
@@ -344,36 +375,54 @@ class DistantExport(Export):
         flags = self.facts.read_write.transmission_flags if self.facts else 0
         return bool(flags & TransmissionFlag.READ_ONLY)
 
-    async def ready(self) -> None:
-        """Have it opened wherever it is not open (any longer)."""
-        if any(self not in worker.opened for worker in self.places):
-            await self._opening.done()
+    async def open(self) -> None:
+        """Have it opened in all its workers.
 
-    async def _open(self) -> None:
+        Raises:
+            ConfigError: The image's path can't be opened.
+            ImageError: It can't be used.
+        """
+        await _all(self._openings[worker].done() for worker in self._where_closed())
+
+    async def ready(self) -> None:
+        """Have it open in a worker, which is not stuck if it can be helped."""
+        pending = {self._openings[worker].begin() for worker in self._where_closed()}
+        while pending and not self._where_open():
+            done, pending = await asyncio.wait(
+                pending, return_when=asyncio.FIRST_COMPLETED
+            )
+            if not pending:
+                for opening in done:
+                    opening.result()
+        if len(self.places) > 1:
+            for _ in self.places:
+                if await self.place().answers():
+                    break
+
+    async def _open_in(self, worker: Worker) -> None:
         if not self.retired:
-            closed = [worker for worker in self.places if self not in worker.opened]
-            await self._everywhere("open", closed)
+            await worker.call("open", self)
 
     async def flush(self) -> None:
         """Make everything durable that was written."""
         if not self.retired:  # otherwise it is being closed
-            await self._everywhere("flush", self._where_open())
+            await _all(worker.call("flush", self) for worker in self._where_open())
 
     async def close(self) -> None:
         """Close the disk in each worker."""
         self.retired = True
-        await self._opening.ended()
-        await self._everywhere("close", self._where_open())
+        await _all(self._close_in(worker) for worker in self.places)
+
+    async def _close_in(self, worker: Worker) -> None:
+        await self._openings[worker].ended()
+        if self in worker.opened:
+            await worker.call("close", self)
 
     def _where_open(self) -> list[Worker]:
         return [worker for worker in self.places if self in worker.opened]
 
-    async def _everywhere(self, what: str, workers: list[Worker]) -> None:
-        """Have the same done by each of some workers, side by side."""
-        calls = (worker.call(what, self) for worker in workers)
-        for outcome in await asyncio.gather(*calls, return_exceptions=True):
-            if outcome is not None:
-                raise outcome
+    def _where_closed(self) -> list[Worker]:
+        return [worker for worker in self.places if self not in worker.opened]
 
     def info(self, *, read_only: bool = False) -> ExportInfo:
         """Return what a worker has said, under the description of today."""
@@ -392,8 +441,21 @@ class DistantExport(Export):
         )
 
     def place(self) -> Worker:
-        """Return the worker for the next client: the one with the fewest."""
-        return min(self.places, key=lambda worker: len(worker.clients))
+        """Return the worker for the next client: of those that can, the one with the fewest."""
+        return min(
+            self.places,
+            key=lambda worker: (
+                worker.silent or self not in worker.opened,
+                len(worker.clients),
+            ),
+        )
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Do some things side by side, all of them to the end, and raise the first error."""
+    for outcome in await asyncio.gather(*work, return_exceptions=True):
+        if outcome is not None:
+            raise outcome
 
 
 class HandedOver(Served):

@@ -425,6 +425,18 @@ def test_encrypted_clients_that_do_not_read_are_let_go(folder: Path, size: str) 
         assert process.end() == 0
 
 
+@pytest.mark.parametrize("when", ["start", "use"])
+def test_what_others_can_serve_does_not_wait_for_a_hung_worker(
+    folder: Path, when: str
+) -> None:
+    with serving(folder, "a.qcow2", "--read-only", "--open", when) as process:
+        hung = workers(process)[0]
+        os.kill(hung, signal.SIGSTOP)
+        assert asyncio.run(served(folder / "s", 3)) == [True] * 3
+        os.kill(hung, signal.SIGCONT)
+        until(lambda: len(holders(process, folder / "a.qcow2")) == 2)
+
+
 def leave_descriptors(pid: int, count: int) -> None:
     """Let a process open so many more, and let it be."""
     used = {int(link.name) for link in Path(f"/proc/{pid}/fd").iterdir()}
