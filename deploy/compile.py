@@ -49,6 +49,7 @@ MODULES = (
     "server/session",
     "storage/company",
     "storage/file",
+    "storage/folios",
     "storage/pace",
     "storage/uring",
     "wire/answers",

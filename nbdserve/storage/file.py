@@ -22,6 +22,7 @@ from nbdserve.storage import locks, uring
 from nbdserve.storage.base import Buffer, Storage
 from nbdserve.storage.descriptors import open_descriptor
 from nbdserve.storage.executor import Call, run
+from nbdserve.storage.folios import SLOW_S, SMALL, Folios
 from nbdserve.storage.lent import Lent, can_recall
 from nbdserve.storage.names import shown
 from nbdserve.storage.pace import STALL_S, Pace
@@ -154,6 +155,7 @@ class FileStorage(Storage):
         self._can_map = self._can_splice = True
         self._residency = Residency()
         self._lent = Lent(self.identity)
+        self._folios = Folios(self._residency)
 
     @property
     def size(self) -> int:
@@ -290,13 +292,18 @@ class FileStorage(Storage):
         start_s = perf_counter()
         if length > INLINE_LIMIT or start_s < self._write_pace.resume_at_s:
             return False
+        if self._folios.wanted and length <= SMALL:
+            self._folios.split(self._fd, offset)
         count = os.pwrite(self._fd, data, offset)
         if count != length:
             _pwrite_all(self._fd, offset + count, memoryview(data)[count:], 0)
         self._size = max(self._size, offset + length)
         end_s = perf_counter()
-        if end_s - start_s > STALL_S:
-            self._write_pace.stalled(start_s, end_s)
+        if end_s - start_s > SLOW_S:
+            if end_s - start_s > STALL_S:
+                self._write_pace.stalled(start_s, end_s)
+            elif length <= SMALL:
+                self._folios.slow(offset, end_s)
         return True
 
     def takes_pipes(self) -> bool:

@@ -87,7 +87,7 @@ def run_attacks(
     for number in range(rounds):
         for name, outcome in outcomes.items():
             with (
-                disks.settled(VICTIM.disk, image, cold=False),
+                disks.settled(VICTIM.disk, image, cold=False, kept=True),
                 contender.start(image, scratch / "server") as server,
             ):
                 idle = measure(VICTIM, server, runtime_s=runtime_s, cpu=cpu)

@@ -105,7 +105,7 @@ def tls(scratch: Path, rounds: int) -> Rows:
         for name in names[number % len(names) :] + names[: number % len(names)]:
             with contextlib.ExitStack() as held:
                 for path in images.values():
-                    hot = disks.settled(Disk.ALLOCATED, path, cold=False)
+                    hot = disks.settled(Disk.ALLOCATED, path, cold=False, kept=True)
                     held.enter_context(hot)
                 server = held.enter_context(start(name))
                 uri = server.uri("tcp").replace("nbd:", "nbds:", 1)
@@ -152,7 +152,9 @@ def fairness(scratch: Path, rounds: int) -> Rows:
     for _ in range(rounds):
         for (name, same), p99s in found.items():
             with contextlib.ExitStack() as held:
-                held.enter_context(disks.settled(Disk.ALLOCATED, hot, cold=False))
+                held.enter_context(
+                    disks.settled(Disk.ALLOCATED, hot, cold=False, kept=True)
+                )
                 held.enter_context(disks.settled(Disk.ALLOCATED, slow, cold=True))
                 one = _serving_disk(hot, scratch / "one", *([slow] if same else []))
                 other = held.enter_context(one)
@@ -245,8 +247,8 @@ def workers(scratch: Path, rounds: int) -> Rows:
         for count, found in rates.items():
             options = [f"second={second}", "--workers", str(count), *state_options()]
             with (
-                disks.settled(Disk.ALLOCATED, first, cold=False),
-                disks.settled(Disk.ALLOCATED, second, cold=False),
+                disks.settled(Disk.ALLOCATED, first, cold=False, kept=True),
+                disks.settled(Disk.ALLOCATED, second, cold=False, kept=True),
                 nbdserve(
                     first,
                     scratch / "server",
