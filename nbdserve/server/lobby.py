@@ -19,7 +19,7 @@ class Lobby:
     Attributes:
         on_word: Called with socket, address and deadline (in loop time) of a
             client that has said something; the socket is then the callee's.
-        on_leave: Called when a client has gone without a word.
+        on_leave: Called when a client has gone by itself, or was silent for too long.
     """
 
     def __init__(

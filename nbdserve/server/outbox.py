@@ -23,7 +23,8 @@ from nbdserve.server.tls import ByteStream
 #: saves system calls, and a fifth of the throughput: the client has less to do
 #: while the server works.
 REPLY_ARENA: Final = 64 << 10
-#: Replies longer than this get a buffer of their own, and are sent at once.
+#: Replies longer than this, if the arena has no room left for them, get a buffer of their
+#: own, and are sent at once.
 _LARGE: Final = REPLY_ARENA // 2
 #: Linux takes up to 1024 (IOV_MAX) in one call; more than a few gain nothing.
 _PIECES_PER_CALL: Final = 64

@@ -1,8 +1,8 @@
 """The interface of a place that keeps bytes at offsets, and knows nothing else.
 
-Most calls come in pairs. `try_read` and `try_write` never block and never
-suspend: they either did the whole thing or say False and did nothing that counts, and
-then the coroutine of the same name does it in a thread. So a caller on the hot
+Most calls come in pairs. `try_read` and `try_write` never suspend, and do not wait for a
+device but for what `pace.py` allows: they either did the whole thing or say False and did
+nothing that counts, and then the coroutine of the same name does it elsewhere. So a caller on the hot
 path pays one system call, and knows exactly where it may be suspended:
 
     if not storage.try_read(offset, view):

@@ -42,8 +42,8 @@ Decompress = Callable[[bytes | bytearray | memoryview, int], bytes | bytearray]
 
 #: Bytes of decompressed clusters kept: neighbours of a small read are usually next.
 _CACHE_BYTES: Final = 8 << 20
-#: Clusters up to this size are decompressed on the loop: that takes 50 to 250 us, and
-#: the way to a thread and back 100 (measured with both cores busy).
+#: Clusters up to this size are decompressed on the loop: that takes libdeflate 39 us, isal
+#: 50 to 250, and the way to a thread and back 100 (measured with both cores busy).
 _INLINE: Final = 64 << 10
 
 
