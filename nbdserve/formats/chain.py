@@ -5,6 +5,7 @@ It is followed only to a regular file or block device in the image's own folder 
 one that the operator allowed, after all symbolic links are resolved.
 """
 
+import asyncio
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -173,7 +174,7 @@ async def _open_files(
     drivers: Mapping[str, Driver],
 ) -> None:
     """Open every file of the chain and append it to `links`, the top image first."""
-    storage = await run(_open_file, path, options.read_only, options.lock)
+    storage = await _open_file(path, read_only=options.read_only, lock=options.lock)
     link = _Link(storage, "raw")
     links.append(link)
     link.format = await choose(storage, options.format, read_only=options.read_only)
@@ -216,10 +217,16 @@ async def _open_data_files(
             taken.add(link.data.identity)
 
 
-def _open_file(
-    path: str | os.PathLike[str], read_only: bool, lock: bool
+async def _open_file(
+    path: str | os.PathLike[str], *, read_only: bool, lock: bool
 ) -> FileStorage:
-    return FileStorage(path, read_only=read_only, lock=lock)
+    opening = run(lambda: FileStorage(path, read_only=read_only, lock=lock))
+    try:
+        return await opening
+    except asyncio.CancelledError:  # which comes when it has ended
+        if opening.exception() is None:
+            await opening.result().close()
+        raise
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -247,7 +254,7 @@ def _driver(link: _Link, drivers: Mapping[str, Driver]) -> Driver:
 
 async def _open_backing(parent: FileStorage, target: str, *, lock: bool) -> FileStorage:
     try:
-        return await run(_open_file, target, True, lock)
+        return await _open_file(target, read_only=True, lock=lock)
     except ConfigError as error:
         raise BackingFileError(
             f"{parent.name}: its backing file can't be opened: {error}"

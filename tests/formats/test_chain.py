@@ -1,5 +1,6 @@
 """Backing files: found where qemu finds them, and only where the operator allows."""
 
+import asyncio
 import errno
 import os
 import subprocess
@@ -447,3 +448,17 @@ class TestOpenImage:
         ) as image:
             await image.write(0, b"durable")
         assert path.read_bytes()[:7] == b"durable"
+
+
+async def test_whoever_gives_up_leaves_nothing_open(tmp_path: Path) -> None:
+    image = create(tmp_path / "a.qcow2")
+    before = descriptors()
+    for _ in range(10):
+        opening = asyncio.create_task(
+            chain.open_chain(image, ChainOptions(), drivers())
+        )
+        await asyncio.sleep(0)
+        opening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await opening
+    assert descriptors() == before
