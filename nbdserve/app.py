@@ -156,9 +156,8 @@ async def _serve(  # noqa: PLR0913
     async with _workers(config, parts) as crew:
         offer = partial(_offer, crew, late=config.open == "use")
         close_timeout_s = parts.limits.close_timeout_s
-        registry = await _open_exports(config, offer, close_timeout_s)
-        if stop.is_set():
-            await _close(registry, close_timeout_s)
+        registry = await _open_unless(stop, config, offer, close_timeout_s)
+        if registry is None:
             return
         if not made:
             _note_another_size(config, registry)
@@ -379,6 +378,32 @@ async def _offer(
     export = LateExport(image.name, image.description, opening)
     export.policy = policy
     return export
+
+
+async def _open_unless(
+    stop: asyncio.Event, config: ServeConfig, offer: Offer, close_timeout_s: float
+) -> Registry | None:
+    """Open every image, or none if the server is to end before that.
+
+    Raises:
+        ConfigError: A path can't be opened.
+        ImageError: An image can't be used.
+    """
+    opening = asyncio.create_task(_open_exports(config, offer, close_timeout_s))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait([opening, stopping], return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if not stop.is_set():
+        return await opening
+    _, late = await asyncio.wait([opening], timeout=close_timeout_s)
+    if late:
+        structlog.get_logger().error("gave up on opening", seconds=close_timeout_s)
+        opening.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await opening
+    else:
+        await _close(await opening, close_timeout_s)
+    return None
 
 
 async def _open_exports(

@@ -54,6 +54,16 @@ def workers(process: ServeProcess) -> list[int]:
     return [int(pid) for pid in children.split()]
 
 
+def booting(process: ServeProcess) -> list[int]:
+    """Two workers as soon as they are there."""
+
+    def is_one(pid: int) -> bool:  # and no copy of the server any more
+        return b"nbdserve.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+    until(lambda: sum(map(is_one, workers(process))) == 2)
+    return workers(process)
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -269,8 +279,7 @@ def test_what_does_not_fit_into_a_message_is_nobody_elses_trouble(
 def test_hangup_while_images_are_opened(folder: Path) -> None:
     words = ["a.qcow2", "--unix", "s", "--workers", "2"]
     with ServeProcess(*words, cwd=folder) as process:
-        until(lambda: len(workers(process)) == 2)
-        pids = workers(process)
+        pids = booting(process)
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         os.kill(process.pid, signal.SIGHUP)
@@ -380,6 +389,17 @@ def test_a_hung_worker_keeps_the_server_no_longer_than_allowed(folder: Path) -> 
         assert process.end() == 1
         last = process.log().splitlines()[-1]
         assert last == "nbdserve: the export 'a' was not closed within 0.5 s"
+
+
+def test_nor_does_one_that_hangs_at_the_start(folder: Path) -> None:
+    words = ["a.qcow2", "--unix", "s", "--workers", "2"]
+    process = ServeProcess(*words, "--limit", "close-timeout-s=0.3", cwd=folder)
+    with process:
+        for pid in booting(process):
+            os.kill(pid, signal.SIGSTOP)
+        assert process.end() == 0
+        assert "gave up on opening" in process.log()
+        assert "Traceback" not in process.log()
 
 
 def test_nor_does_a_reload_that_waits_for_it(folder: Path) -> None:
