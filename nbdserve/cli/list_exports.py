@@ -101,6 +101,11 @@ def listed_exports(arguments: argparse.Namespace) -> "list[ListedExport]":
         ConfigError: The server can't be asked, or refuses.
     """
     uri: NbdUri = arguments.uri
+    if not uri.tls:
+        for name in ("tls_ca", "tls_cert", "tls_key"):
+            if getattr(arguments, name) is not None:
+                option = "--" + name.replace("_", "-")
+                raise ConfigError(f"{option} needs a URI that encrypts: nbds://")
     context = _context(arguments, uri) if uri.tls else None
     try:
         with _Connection(uri) as connection:

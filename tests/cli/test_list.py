@@ -124,3 +124,12 @@ def test_an_unknown_export_is_one_line(
     with serving("a.img", "--read-only", "--unix", "s", cwd=disks):
         assert main(["list", f"nbd+unix:///zzz?socket={disks}/s"]) == 1
     assert "NBD_REP_ERR_UNKNOWN" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("option", ["--tls-ca", "--tls-cert", "--tls-key"])
+def test_tls_options_are_for_uris_that_encrypt(
+    option: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["list", "nbd://localhost:1", option, "file.pem"]) != 0
+    told = f"nbdserve: {option} needs a URI that encrypts: nbds://\n"
+    assert capsys.readouterr().err == told
