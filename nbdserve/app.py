@@ -23,7 +23,7 @@ import uvloop
 from nbdserve.config.model import DEFAULT_PORT, ImageConfig, ServeConfig
 from nbdserve.errors import ConfigError, ImageError, explain
 from nbdserve.exports.access import Policy
-from nbdserve.exports.closing import close_all
+from nbdserve.exports.closing import close_all, flush_all
 from nbdserve.exports.export import Export
 from nbdserve.exports.late import LateExport
 from nbdserve.exports.opening import open_disk, open_export
@@ -173,7 +173,14 @@ async def _serve(  # noqa: PLR0913
         if config.at_once == 1:
             for export in registry:
                 export.multi_conn = False
-        reload = Reload(config, parts.reread, server, parts.credentials, offer)
+        reload = Reload(
+            config,
+            parts.reread,
+            server,
+            parts.credentials,
+            offer,
+            close_timeout_s=close_timeout_s,
+        )
         server.start()
         if parts.control is not None:
             await _start_control(parts.control, server, reload)
@@ -198,7 +205,7 @@ async def _serve(  # noqa: PLR0913
         finally:
             if device is not None:
                 await device.detach()  # with everything in flight answered
-            await reload.end(close_timeout_s)
+            await reload.end()
 
 
 def _device(server: Server, number: int) -> "KernelDevice":
@@ -553,8 +560,11 @@ class Reload:
         server: Server,
         credentials: TlsCredentials,
         offer: Offer,
+        *,
+        close_timeout_s: float,
     ) -> None:
         self._offer = offer
+        self._close_timeout_s = close_timeout_s
         self._config = config
         self._reread = reread
         self._server = server
@@ -595,8 +605,9 @@ class Reload:
         state_dir = _state_dir(self._config, os.environ)
         await self._server.exchange_disk(export, lambda: open_disk(image, state_dir))
 
-    async def end(self, timeout_s: float) -> None:
-        """Wait for what is under way, and give up on what takes longer."""
+    async def end(self) -> None:
+        """Wait for what is under way, and give up on what takes too long."""
+        timeout_s = self._close_timeout_s
         if self._under_way:
             _, late = await asyncio.wait(self._under_way, timeout=timeout_s)
             for task in late:
@@ -608,7 +619,7 @@ class Reload:
             if self._server.stopping:
                 return
             notify_reloading()
-            await _flush(self._server)
+            await self._flush()
             try:
                 config = self._reread()
                 _require_different(config.images)
@@ -620,6 +631,12 @@ class Reload:
             else:
                 await self._apply(config, policies, state_dir)
             notify_ready(f"Serving {len(self._server.registry)} export(s)")
+
+    async def _flush(self) -> None:
+        exports = list(self._server.registry)
+        for export, error in (await flush_all(exports, self._close_timeout_s)).items():
+            self._log.error("could not flush", export=export.name, error=explain(error))
+        self._log.info("flushed", exports=len(exports))
 
     async def _apply(
         self, config: ServeConfig, policies: dict[str, Policy], state_dir: str | None
@@ -699,16 +716,3 @@ class Reload:
 def _disk_of(image: ImageConfig) -> ImageConfig:
     """Return what can't be changed while the image is open."""
     return replace(image, description="", access=(), tls_only=False)
-
-
-async def _flush(server: Server) -> None:
-    log = structlog.get_logger()
-    for export in server.registry:
-        if server.stopping:
-            return  # whoever closes an export flushes it
-        try:
-            await export.flush()
-        except (OSError, ImageError) as error:
-            # no traceback: the error names the disk, and that is where it lies
-            log.error("could not flush", export=export.name, error=explain(error))  # noqa: TRY400
-    log.info("flushed", exports=len(server.registry))

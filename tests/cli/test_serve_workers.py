@@ -391,6 +391,21 @@ def test_a_hung_worker_keeps_the_server_no_longer_than_allowed(folder: Path) -> 
         assert last == "nbdserve: the export 'a' was not closed within 0.5 s"
 
 
+def test_a_hung_worker_keeps_nobody_from_a_reload(folder: Path) -> None:
+    limits = ["--limit", "close-timeout-s=0.3"]
+    words = ["a.qcow2", "b.qcow2", "--unix", "s", "--workers", "2", *limits]
+    with ServeProcess(*words, cwd=folder) as process:
+        process.wait_until_ready()
+        (hung,) = holders(process, folder / "a.qcow2")
+        os.kill(hung, signal.SIGSTOP)
+        os.kill(process.pid, signal.SIGHUP)
+        process.wait_for_log("reloaded")
+        assert "the export 'a' was not flushed within 0.3 s" in process.log()
+        assert "the export 'b'" not in process.log()
+        os.kill(hung, signal.SIGCONT)
+        assert process.end() == 0
+
+
 def test_nor_does_one_that_hangs_at_the_start(folder: Path) -> None:
     words = ["a.qcow2", "--unix", "s", "--workers", "2"]
     process = ServeProcess(*words, "--limit", "close-timeout-s=0.3", cwd=folder)
