@@ -113,8 +113,12 @@ class _Work:
             answer = Answer(call.number, error=ImageError(text))
         try:
             self._channel.send(answer)
-        except OSError as error:  # too long
-            self._channel.send(Answer(call.number, error=error))
+        except OSError as error:
+            if call.what == "open":
+                await self._do("close", call.name, None)
+            text = f"the export {call.name!r}: the answer of a worker does not fit into"
+            failure = ImageError(f"{text} a message: {error.strerror}")
+            self._channel.send(Answer(call.number, error=failure))
 
     async def _do(self, what: str, name: str, image: Any) -> Facts | None:
         server = self._server

@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -54,3 +55,15 @@ async def test_what_cannot_be_offered_is_closed_again(tmp_path: Path) -> None:
         await first.close()
         await second.ready()  # it was not left locked
         await second.close()
+
+
+async def test_an_answer_that_is_too_long_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(bytes(512))
+    image = ImageConfig("a", str(tmp_path / "a"), "raw")
+    # the names of contexts are longer than those of bitmaps
+    names = tuple(str(number) for number in range(9000))
+    async with working() as worker:
+        for _ in range(2):  # as nothing is left open
+            with pytest.raises(ImageError, match="the export 'a': the answer"):
+                await export(worker, replace(image, bitmaps=names)).ready()
+        await export(worker, image).ready()
