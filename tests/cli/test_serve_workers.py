@@ -64,6 +64,19 @@ def booting(process: ServeProcess) -> list[int]:
     return workers(process)
 
 
+@contextmanager
+def stopped(*pids: int) -> Iterator[None]:
+    """Let processes hang; they end by themselves if a test fails meanwhile."""
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
 def alive(pid: int) -> bool:
     try:
         os.kill(pid, 0)
@@ -279,12 +292,8 @@ def test_what_does_not_fit_into_a_message_is_nobody_elses_trouble(
 def test_hangup_while_images_are_opened(folder: Path) -> None:
     words = ["a.qcow2", "--unix", "s", "--workers", "2"]
     with ServeProcess(*words, cwd=folder) as process:
-        pids = booting(process)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        os.kill(process.pid, signal.SIGHUP)
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        with stopped(*booting(process)):
+            os.kill(process.pid, signal.SIGHUP)
         process.wait_until_ready()
         process.wait_for_log("reloaded")
         assert process.end() == 0
@@ -368,12 +377,8 @@ def test_an_image_is_open_though_the_first_client_gave_up(folder: Path) -> None:
                 await client.go("a")
 
     with serving(folder, *words) as process:
-        pids = workers(process)
-        for pid in pids:
-            os.kill(pid, signal.SIGSTOP)
-        asyncio.run(asyncio.wait_for(first(), TIMEOUT_S))
-        for pid in pids:
-            os.kill(pid, signal.SIGCONT)
+        with stopped(*workers(process)):
+            asyncio.run(asyncio.wait_for(first(), TIMEOUT_S))
         until(lambda: holders(process, folder / "a.qcow2"))
         qemu_io(folder, "a", "write 0 64k", "flush")
         assert "could not open" not in process.log()
@@ -384,9 +389,8 @@ def test_a_hung_worker_keeps_the_server_no_longer_than_allowed(folder: Path) -> 
     words = ["a.qcow2", "b.qcow2", "--unix", "s", "--workers", "2", *limits]
     with ServeProcess(*words, cwd=folder) as process:
         process.wait_until_ready()
-        for pid in workers(process):
-            os.kill(pid, signal.SIGSTOP)
-        assert process.end() == 1
+        with stopped(*workers(process)):
+            assert process.end() == 1
         last = process.log().splitlines()[-1]
         assert last == "nbdserve: the export 'a' was not closed within 0.5 s"
 
@@ -397,12 +401,11 @@ def test_a_hung_worker_keeps_nobody_from_a_reload(folder: Path) -> None:
     with ServeProcess(*words, cwd=folder) as process:
         process.wait_until_ready()
         (hung,) = holders(process, folder / "a.qcow2")
-        os.kill(hung, signal.SIGSTOP)
-        os.kill(process.pid, signal.SIGHUP)
-        process.wait_for_log("reloaded")
+        with stopped(hung):
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for_log("reloaded")
         assert "the export 'a' was not flushed within 0.3 s" in process.log()
         assert "the export 'b'" not in process.log()
-        os.kill(hung, signal.SIGCONT)
         assert process.end() == 0
 
 
@@ -410,9 +413,8 @@ def test_nor_does_one_that_hangs_at_the_start(folder: Path) -> None:
     words = ["a.qcow2", "--unix", "s", "--workers", "2"]
     process = ServeProcess(*words, "--limit", "close-timeout-s=0.3", cwd=folder)
     with process:
-        for pid in booting(process):
-            os.kill(pid, signal.SIGSTOP)
-        assert process.end() == 0
+        with stopped(*booting(process)):
+            assert process.end() == 0
         assert "gave up on opening" in process.log()
         assert "Traceback" not in process.log()
 
@@ -425,13 +427,12 @@ def test_nor_does_a_reload_that_waits_for_it(folder: Path) -> None:
     with process:
         process.wait_until_ready()
         (owner,) = holders(process, folder / "a.qcow2")
-        for pid in set(workers(process)) - {owner}:
-            os.kill(pid, signal.SIGSTOP)
         with config.open("a") as more:
             more.write('[[export]]\npath = "b.qcow2"\n')
-        os.kill(process.pid, signal.SIGHUP)
-        process.wait_for_log("flushed")
-        assert process.end() == 0
+        with stopped(*set(workers(process)) - {owner}):
+            os.kill(process.pid, signal.SIGHUP)
+            process.wait_for_log("flushed")
+            assert process.end() == 0
         assert "gave up on a reload" in process.log()
         assert "Traceback" not in process.log()
 
@@ -465,10 +466,8 @@ def test_what_others_can_serve_does_not_wait_for_a_hung_worker(
     folder: Path, when: str
 ) -> None:
     with serving(folder, "a.qcow2", "--read-only", "--open", when) as process:
-        hung = workers(process)[0]
-        os.kill(hung, signal.SIGSTOP)
-        assert asyncio.run(served(folder / "s", 3)) == [True] * 3
-        os.kill(hung, signal.SIGCONT)
+        with stopped(workers(process)[0]):
+            assert asyncio.run(served(folder / "s", 3)) == [True] * 3
         until(lambda: len(holders(process, folder / "a.qcow2")) == 2)
 
 
