@@ -353,7 +353,7 @@ class ServeConfig:
         if not 1 <= self.workers <= MOST_WORKERS:
             raise ConfigError(f"--workers {self.workers}: from 1 to {MOST_WORKERS}")
         if self.control is not None and self.workers > 1:
-            raise ConfigError("--control reaches one process: leave --workers out")
+            raise ConfigError("--control reaches one process: it needs --workers 1")
         if self.stdio and self.workers > 1:
             raise ConfigError("--stdio serves one client: --workers makes no sense")
         if self.stdio and (self.listen or self.unix or self.vsock):

@@ -5,7 +5,6 @@ It is followed only to a regular file or block device in the image's own folder 
 one that the operator allowed, after all symbolic links are resolved.
 """
 
-import asyncio
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,6 +25,7 @@ from nbdserve.storage.base import Storage
 from nbdserve.storage.executor import run
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.names import shown
+from nbdserve.storage.opening import open_file
 
 #: Backing files below an image. Longer chains are not useful, and each link costs
 #: a file descriptor and time on every read of unallocated space.
@@ -174,7 +174,7 @@ async def _open_files(
     drivers: Mapping[str, Driver],
 ) -> None:
     """Open every file of the chain and append it to `links`, the top image first."""
-    storage = await _open_file(path, read_only=options.read_only, lock=options.lock)
+    storage = await open_file(path, read_only=options.read_only, lock=options.lock)
     link = _Link(storage, "raw")
     links.append(link)
     link.format = await choose(storage, options.format, read_only=options.read_only)
@@ -217,18 +217,6 @@ async def _open_data_files(
             taken.add(link.data.identity)
 
 
-async def _open_file(
-    path: str | os.PathLike[str], *, read_only: bool, lock: bool
-) -> FileStorage:
-    opening = run(lambda: FileStorage(path, read_only=read_only, lock=lock))
-    try:
-        return await opening
-    except asyncio.CancelledError:  # which comes when it has ended
-        if opening.exception() is None:
-            await opening.result().close()
-        raise
-
-
 def _identity(path: str) -> tuple[int, int]:
     status = os.stat(path)
     return status.st_dev, status.st_ino
@@ -254,7 +242,7 @@ def _driver(link: _Link, drivers: Mapping[str, Driver]) -> Driver:
 
 async def _open_backing(parent: FileStorage, target: str, *, lock: bool) -> FileStorage:
     try:
-        return await _open_file(target, read_only=True, lock=lock)
+        return await open_file(target, read_only=True, lock=lock)
     except ConfigError as error:
         raise BackingFileError(
             f"{parent.name}: its backing file can't be opened: {error}"

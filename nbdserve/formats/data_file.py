@@ -15,6 +15,7 @@ from nbdserve.storage.base import Storage
 from nbdserve.storage.executor import run
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.names import shown
+from nbdserve.storage.opening import open_file
 
 
 @runtime_checkable
@@ -67,15 +68,11 @@ async def open_data_file(
             " another file of its chain"
         )
     try:
-        return await run(_open, target, read_only, lock)
+        return await open_file(target, read_only=read_only, lock=lock)
     except ConfigError as error:
         raise DataFileError(
             f"{storage.name}: its data file can't be opened: {error}"
         ) from error
-
-
-def _open(target: str, read_only: bool, lock: bool) -> FileStorage:
-    return FileStorage(target, read_only=read_only, lock=lock)
 
 
 def find_data_file(
