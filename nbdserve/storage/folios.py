@@ -2,7 +2,7 @@
 
 A file that was read or written in long pieces is cached in folios of up to 2 MiB. ext4
 looks at each block of a folio for each write to it (`ext4_block_write_begin`): 4 KiB into one
-of 2 MiB takes 5 to 30 us, and 2 us into a small one (Linux 6.18). madvise(MADV_COLD) for
+of 2 MiB takes 30 us, and 2 us into a small one (Linux 6.18). madvise(MADV_COLD) for
 one page of a folio makes the kernel split it (mm/madvise.c), for 0.1 ms once, unless it is
 dirty, or another process maps it. Large reads become slower by that, small ones by 0.4 us.
 """
