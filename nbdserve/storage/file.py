@@ -10,7 +10,6 @@ import asyncio
 import ctypes
 import errno
 import fcntl
-import mmap
 import os
 import stat
 import struct
@@ -18,7 +17,7 @@ from collections.abc import Callable
 from time import perf_counter
 from typing import Any, TypeVar, TypeVarTuple
 
-from nbdserve.storage import locks, uring
+from nbdserve.storage import locks, mapped, uring
 from nbdserve.storage.base import Buffer, Storage
 from nbdserve.storage.descriptors import open_descriptor
 from nbdserve.storage.executor import Call, run
@@ -75,22 +74,6 @@ _libc_fallocate.argtypes = [
     ctypes.c_int64,
 ]
 _libc_fallocate.restype = ctypes.c_int
-# mmap.flush() of the standard library keeps the GIL.
-_libc_mmap = _libc.mmap64 if hasattr(_libc, "mmap64") else _libc.mmap
-_libc_mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-_libc_mmap.restype = ctypes.c_void_p
-_libc.msync.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_MAP_FAILED = ctypes.c_void_p(-1).value
-#: asm-generic/mman.h
-_MS_SYNC = 4
 
 
 class FileStorage(Storage):
@@ -409,8 +392,8 @@ class FileStorage(Storage):
             await self.flush()
             return
         try:
-            await self._in_thread(_sync_mapped, self._fd, offset, length)
-        except _NotMappableError:
+            await self._in_thread(mapped.sync, self._fd, offset, length)
+        except mapped.NotMappableError:
             self._can_map = False
             await self.flush()
 
@@ -532,24 +515,6 @@ def _pwrite_all(fd: int, offset: int, view: memoryview, flags: int) -> None:
         if count == 0:
             raise OSError(errno.EIO, "the kernel wrote nothing")
         done += count
-
-
-class _NotMappableError(Exception):
-    """The file system can't map this file."""
-
-
-def _sync_mapped(fd: int, offset: int, length: int) -> None:
-    start = offset & -mmap.PAGESIZE
-    length += offset - start
-    address = _libc_mmap(None, length, mmap.PROT_READ, mmap.MAP_SHARED, fd, start)
-    if address == _MAP_FAILED:
-        raise _NotMappableError
-    try:
-        if _libc.msync(address, length, _MS_SYNC) != 0:
-            number = ctypes.get_errno()
-            raise OSError(number, os.strerror(number))
-    finally:
-        _libc.munmap(address, length)
 
 
 def _fallocate(fd: int, mode: int, offset: int, length: int) -> None:

@@ -7,10 +7,10 @@ one page of a folio makes the kernel split it (mm/madvise.c), for 0.1 ms once, u
 dirty, or another process maps it. Large reads become slower by that, small ones by 0.4 us.
 """
 
-import ctypes
-import mmap
+from contextlib import suppress
 from typing import Final
 
+from nbdserve.storage.mapped import NotMappableError, cool
 from nbdserve.storage.residency import Residency
 
 #: Writes up to this size are worth it, if they take longer than that.
@@ -23,22 +23,6 @@ _MANY: Final = 8
 _SECOND_S: Final = 1.0
 #: So many slow ones in a region, and it is tried again: it may have been dirty.
 _AGAIN: Final = 32
-_MADV_COLD: Final = 20
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_mmap = _libc.mmap64 if hasattr(_libc, "mmap64") else _libc.mmap
-_mmap.argtypes = [
-    ctypes.c_void_p,
-    ctypes.c_size_t,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int,
-    ctypes.c_int64,
-]
-_mmap.restype = ctypes.c_void_p
-_libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-_libc.munmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t]
-_FAILED: Final = ctypes.c_void_p(-1).value
 
 
 class Folios:
@@ -79,9 +63,5 @@ class Folios:
         self._tried[region] = 1
         if not self._residency.pages_cached(fd, offset, 1):
             return  # what is not there is not large, and must not be read
-        size = mmap.PAGESIZE
-        flags = mmap.MAP_SHARED | mmap.MAP_POPULATE
-        address = _mmap(None, size, mmap.PROT_READ, flags, fd, offset & -size)
-        if address != _FAILED:
-            _libc.madvise(address, size, _MADV_COLD)
-            _libc.munmap(address, size)
+        with suppress(NotMappableError):
+            cool(fd, offset)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from nbdserve.errors import ConfigError
-from nbdserve.storage import executor
+from nbdserve.storage import executor, mapped
 from nbdserve.storage import file as file_module
 from nbdserve.storage.file import (
     FALLOC_FL_KEEP_SIZE,
@@ -107,7 +107,7 @@ async def test_ranges_are_flushed(path: Path, monkeypatch: pytest.MonkeyPatch) -
         await storage.flush_range(offset, length)
     assert not whole
     # Where a file can't be mapped (some file systems in user space), all is flushed.
-    monkeypatch.setattr(file_module, "_libc_mmap", lambda *_: file_module._MAP_FAILED)
+    monkeypatch.setattr(mapped, "_mmap", lambda *_: mapped._FAILED)
     for _ in range(2):
         await storage.flush_range(0, 512)
     assert whole == ["flush"] * 2

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from nbdserve.storage import mapped
 from nbdserve.storage.file import FileStorage
 from nbdserve.storage.folios import Folios
 from nbdserve.storage.residency import Residency
@@ -82,6 +83,16 @@ def test_splitting_changes_no_byte(file: tuple[Path, FileStorage]) -> None:
         assert storage.try_write(offset, b"new")
         expected[offset : offset + 3] = b"new"
     assert path.read_bytes() == expected
+
+
+def test_a_file_that_cannot_be_mapped_stays_as_it_is(
+    file: tuple[Path, FileStorage], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, storage = file
+    monkeypatch.setattr(mapped, "_mmap", lambda *_: mapped._FAILED)
+    storm(storage._folios)
+    assert storage.try_write(0, b"written")
+    assert path.read_bytes()[:7] == b"written"
 
 
 def test_small_writes_are_tried_while_they_are_slow(
