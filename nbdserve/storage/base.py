@@ -181,7 +181,7 @@ class Storage(ABC):
         """
 
     def any_cached(self, offset: int, length: int) -> bool:
-        """Return whether any page of a range is in the page cache, as far as is known."""
+        """Return whether any page of a range is in the page cache, or might be."""
         return False
 
     @property

@@ -256,7 +256,7 @@ class FileStorage(Storage):
 
     def any_cached(self, offset: int, length: int) -> bool:
         """Ask the kernel."""
-        return self._residency.pages_cached(self._fd, offset, length) > 0
+        return self._residency.pages_cached(self._fd, offset, length) != 0
 
     @property
     def can_recall(self) -> bool:

@@ -43,10 +43,10 @@ class Residency:
         pages = -(-(offset + length) // _PAGE) - offset // _PAGE
         return self.pages_cached(fd, offset, length) == pages
 
-    def pages_cached(self, fd: int, offset: int, length: int) -> int:
-        """Return how many pages of a range are in the page cache; 0 if nobody knows."""
+    def pages_cached(self, fd: int, offset: int, length: int) -> int | None:
+        """Return how many pages of a range are in the page cache; None if nobody knows."""
         if not self._known:
-            return 0
+            return None
         start = offset & -_PAGE
         pages = -(-(offset + length) // _PAGE) - offset // _PAGE
         self._range.off = start
@@ -60,5 +60,5 @@ class Residency:
         ):
             # older kernels, file systems that hide it, and sandboxes
             self._known = ctypes.get_errno() == errno.EINTR
-            return 0
+            return None
         return int(self._statistics.nr_cache)

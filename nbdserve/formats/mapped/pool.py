@@ -16,6 +16,7 @@ import asyncio
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from errno import EFBIG, ENOSPC, EOPNOTSUPP
 from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
@@ -441,7 +442,8 @@ class Pool(ABC):
                 self._unpunched += [run for lent in regions.values() for run in lent]
                 return unlent
         for region, lent in regions.items():
-            await self._storage.recall(*region)
+            with suppress(OSError):  # what was not forgotten is kept
+                await self._storage.recall(*region)
             for start, count in lent:
                 lent_still = self._storage.any_cached(start << bits, count << bits)
                 (self._unpunched if lent_still else unlent).append((start, count))

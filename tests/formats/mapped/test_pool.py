@@ -61,11 +61,13 @@ class LendingStorage(FaultyStorage):
 
     Attributes:
         unread: Numbers of clusters.
+        recall_fails: Whether nothing can be recalled.
     """
 
     def __init__(self, inner: Storage) -> None:
         super().__init__(inner)
         self.unread: set[int] = set()
+        self.recall_fails = False
 
     def lent(self, offset: int, length: int) -> list[tuple[int, int]]:
         first, end = offset >> BITS, offset + length >> BITS
@@ -74,6 +76,10 @@ class LendingStorage(FaultyStorage):
             for number in range(first & -2, end, 2)
             if self.unread & {number, number + 1}
         ]
+
+    async def recall(self, offset: int, length: int) -> None:
+        if self.recall_fails:
+            raise OSError(errno.EAGAIN, "no thread can be started")
 
     def any_cached(self, offset: int, length: int) -> bool:
         return bool(self.lent(offset, length))
@@ -314,6 +320,21 @@ async def test_what_is_lent_is_neither_punched_nor_used_again() -> None:
     assert all(bench.is_zero(n) for n in held)
     await bench.pool.close()
     assert not any(bench.pool.counts.values()), "all references were given back"
+
+
+async def test_what_cannot_be_recalled_is_given_back_once_and_kept() -> None:
+    """An error would have the next commit take its references once more."""
+    bench = Bench()
+    await bench.pool.refill()
+    grant = bench.pool.take(4)
+    assert grant is not None
+    first = grant.host_offset >> BITS
+    bench.storage.unread |= {first}
+    bench.storage.recall_fails = True
+    await bench.pool.release([(grant.host_offset, 4 * CLUSTER)])
+    assert not any(bench.pool.counts[first + number] for number in range(4))
+    assert first not in await _all_free(bench, 3)
+    await bench.pool.close()
 
 
 async def _all_free(bench: Bench, refills: int) -> set[int]:
